@@ -1,10 +1,11 @@
 """Replay buffer: preallocated float32 tensors on the training device.
 
-Only torch is imported, so the file can be copied on its own.
+Only torch and psutil are imported, so the file can be copied on its own.
 """
 
 from typing import NamedTuple
 
+import psutil
 import torch
 
 
@@ -25,10 +26,20 @@ class ReplayBuffer:
         capacity: number of transitions kept; older ones are overwritten.
         obs_dim, act_dim: sizes O and A of one observation and one action.
         device: where the storage lives and batches are gathered; transitions never travel twice.
+
+    Raises:
+        MemoryError: it will not fit. Memory is taken page by page as the buffer fills, so that without this check a
+            run would end after hours of training.
     """
 
     def __init__(self, capacity: int, obs_dim: int, act_dim: int, device: torch.device | str = "cpu"):
         self.capacity, self.device = capacity, torch.device(device)
+        num_bytes = self.num_bytes(capacity, obs_dim, act_dim)
+        on_gpu = self.device.type == "cuda"
+        free = torch.cuda.mem_get_info(self.device)[0] if on_gpu else psutil.virtual_memory().available
+        if num_bytes > free:
+            sizes = f"needs {num_bytes / 2**30:.1f} GiB, and {device} has {free / 2**30:.1f} GiB free"
+            raise MemoryError(f"a replay buffer of {capacity:,} transitions {sizes}: lower --buffer-size")
         shapes = ((obs_dim,), (act_dim,), (), (obs_dim,), ())
         self.storage = Batch(*(torch.empty(capacity, *shape, device=device) for shape in shapes))
         self.position = 0  # next row to write

@@ -39,7 +39,7 @@ def make_env(env_id: str) -> gym.Env:
         gym.register_envs(shimmy)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*is out of date.*")  # v4 is what the published tables use
+            warnings.filterwarnings("ignore", message=".*is out of date")  # v4 is what the published tables use
             env = gym.make(env_id)
     except (gym.error.Error, ImportError) as error:
         raise ValueError(f"cannot make the environment {env_id}: {str(error).splitlines()[0]}") from None
@@ -51,10 +51,13 @@ def make_env(env_id: str) -> gym.Env:
     if isinstance(env.observation_space, gym.spaces.Dict) or len(env.observation_space.shape or ()) != 1:
         env = gym.wrappers.FlattenObservation(env)
     if not isinstance(env.observation_space, gym.spaces.Box):
-        raise ValueError(f"{env_id} has the observation space {env.observation_space}; QSM needs a Box or a dict of Box")
+        raise ValueError(
+            f"{env_id} has the observation space {env.observation_space}; QSM needs a Box or a dict of Box"
+        )
     # The only place where action bounds are known (Humanoid +-0.4, InvertedPendulum +-3, ...): dQ/da, the sampler's
     # clamp and alpha then mean the same on every task. RescaleAction does not clip, the sampler's clamp does.
-    env = gym.wrappers.RescaleAction(env, -1.0, 1.0)
+    one = env.action_space.dtype.type(1)
+    env = gym.wrappers.RescaleAction(env, -one, one)
     return gym.wrappers.RecordEpisodeStatistics(env)  # inside the vector env: the vector wrapper hides step_async
 
 

@@ -5,30 +5,30 @@ arXiv 2312.11752. A policy pi(a|s) ~ exp(alpha Q(s, a)) has the score grad_a log
 denoiser of a diffusion policy onto that action gradient of the critic, instead of back-propagating through the
 denoising chain. One update (Algorithm 1), on a batch (s, a, r, s'):
 
-    y = r + gamma min_i Q'_i(s', a'),  a' ~ denoise(score_net, s')        critics: mean (Q_i(s, a) - y)^2
-    a_t = sqrt(alphas_cumprod_t) a + sqrt(1 - alphas_cumprod_t) noise     forward diffusion of the replayed action
-    score_net: mean (eps_theta(s, a_t, t) + alpha dQ/da(s, a_t))^2        eps is minus the score, hence the plus
+    y = r + gamma min_i Q'_i(s', a'),  a' ~ sample_actions(score_net, s')   critics: mean (Q_i(s, a) - y)^2
+    a_t = sqrt(alphas_cumprod_t) a + sigma_t noise                          forward diffusion of the replayed action
+    eps_target = clip(sigma_t (a_t - alpha dQ/da(s, a_t)), -c, c)           eps is minus sigma_t times the score
+    score_net: mean (eps_theta(s, a_t, t) - eps_target)^2                   sigma_t = sqrt(1 - alphas_cumprod_t)
 
     python qsm.py --env-id Humanoid-v4
     python qsm.py --env-id HalfCheetah-v4 --num-envs 4 --utd 0.25 --hidden-dims 256 256
     python qsm.py --help
 
-Needs beside it: networks.py, buffer.py, envs.py. "Released" below means the authors' JAX code, github.com/
+Needs beside it networks.py, buffer.py and envs.py. "Released" below means the authors' JAX code, github.com/
 Alescontrela/score_matching_rl at 2e77893; SML is its jaxrl5/agents/score_matching/score_matching_learner.py and DIF
 its jaxrl5/networks/diffusion.py. Where paper and released code differ, the line says which one it follows.
 """
 
 import csv
-import dataclasses
 import math
 import random
 import time
 from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-import psutil
 import torch
 import tyro
 from torch.utils.tensorboard import SummaryWriter
@@ -38,8 +38,13 @@ from buffer import Batch, ReplayBuffer
 from envs import finished_episodes, make_envs, true_next_obs
 from networks import Critic, ScoreNet
 
+PRESETS = {
+    "consistent": {"alpha": 10.0, "diffusion_steps": 10, "beta_schedule": "cosine", "normalize_q_grad": True},
+    "released": {"alpha": 50.0, "diffusion_steps": 5, "beta_schedule": "vp", "normalize_q_grad": False},
+}
 
-@dataclasses.dataclass
+
+@dataclass
 class Args:
     # --- run ---
     env_id: str = "Humanoid-v4"
@@ -48,6 +53,8 @@ class Args:
     """seed of Python, NumPy, torch, the environments and the action space"""
     device: str = "auto"
     """auto (CUDA when there is one), cpu, cuda or cuda:N"""
+    compile: bool = False
+    """torch.compile the target and the losses: faster after a minute of compilation, needs a C++ compiler"""
     run_dir: Path = Path("runs")
     """where the folder of this run is made: event file, CSVs, final networks"""
     total_timesteps: int = 1_000_000
@@ -55,15 +62,13 @@ class Args:
     num_envs: int = 1
     """environments stepped together"""
     async_envs: bool | None = None
-    """a worker process per environment; default: when there are several environments and several cores"""
+    """a worker process per environment; None: when there are several environments and several cores"""
     eval_every: int = 10_000
-    """environment steps between evaluations; the first is before training; 0: never"""
+    """environment steps between evaluations, the first before training; 0: never"""
     eval_episodes: int = 10
     """episodes of an evaluation, one per evaluation environment"""
     log_every: int = 1_000
-    """environment steps between scalars in the event file (each reads them from the device)"""
-    compile: bool = False
-    """torch.compile the target and the losses: faster after up to a minute of compilation, needs a C++ compiler"""
+    """environment steps between scalars in the event file"""
 
     # --- reinforcement learning ---
     buffer_size: int = 1_000_000
@@ -89,15 +94,26 @@ class Args:
     action_noise: float = 0.1
     """standard deviation of the Gaussian noise on behaviour and target actions"""
 
-    # --- diffusion ---
-    diffusion_steps: int = 5
-    """denoising steps (T)"""
-    beta_schedule: Literal["vp", "cosine", "linear"] = "vp"
-    """noise schedule (beta_t)"""
-    score_target: Literal["released"] = "released"
-    """what eps_theta is regressed onto; released: -alpha dQ/da"""
-    alpha: float = 50.0
-    """inverse temperature (alpha in Algorithm 1; M_q in the released code): higher is greedier"""
+    # --- diffusion; None takes the value of PRESETS for the score target ---
+    score_target: Literal["consistent", "released"] = "consistent"
+    """what eps_theta is regressed onto: clip(sigma_t (a_t - alpha dQ/da), -c, c), or released: -alpha dQ/da"""
+    alpha: float | None = None
+    """inverse temperature (alpha in Algorithm 1, M_q in the released code), higher is greedier; consistent: 10,
+    released: 50"""
+    diffusion_steps: int | None = None
+    """denoising steps (T); consistent: 10, released: 5"""
+    beta_schedule: Literal["vp", "cosine", "linear"] | None = None
+    """noise schedule (beta_t); consistent: cosine, released: vp"""
+    normalize_q_grad: bool | None = None
+    """divide dQ/da by a running mean of |dQ/da|, so that alpha means the same on every task; consistent: True,
+    released: False"""
+    eps_clip: float = 2.0
+    """bound on eps in the consistent target (c); inf: none"""
+
+    def __post_init__(self):
+        for name, value in PRESETS[self.score_target].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
 
 
 # ------------------------------------------------------------------------------------------------------- diffusion
@@ -148,7 +164,7 @@ def sample_actions(
     T = len(betas)
     rescale = alphas.rsqrt()  # (T,)
     eps_scale = betas * (1 - alphas_cumprod).rsqrt()  # (T,)
-    noise_scale = betas.sqrt()  # (T,), the larger of DDPM's two variances, beta_t
+    noise_scale = betas.sqrt()  # (T,), the larger of DDPM's two choices of the variance
     time_features = score_net.time_features()  # (T, H)
     obs_features = score_net.obs_features(obs)  # (B, H)
     actions = noise[0]  # a_T ~ N(0, I), not clamped
@@ -174,35 +190,36 @@ class Noise(NamedTuple):
 
 def draw_noise(T: int, batch_size: int, act_dim: int, generator: torch.Generator) -> Noise:
     """Fresh randomness for one update, on the generator's device."""
-    kwargs = dict(device=generator.device, generator=generator)
-    normal = torch.randn(T + 2, batch_size, act_dim, **kwargs)
-    return Noise(normal[:-1], normal[-1], torch.randint(T, (batch_size,), **kwargs))
+    normal = torch.randn(T + 2, batch_size, act_dim, device=generator.device, generator=generator)
+    t = torch.randint(T, (batch_size,), device=generator.device, generator=generator)
+    return Noise(normal[:-1], normal[-1], t)
+
+
+def check_shape(name: str, tensor: torch.Tensor, shape: torch.Size) -> None:
+    """Raise ValueError unless the shapes agree: (B, 1) against (B,) would silently broadcast to (B, B)."""
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
 
 
 @torch.no_grad()
 def td_target(
-    score_net: ScoreNet,
-    critic_target: Critic,
-    batch: Batch,
-    noise: torch.Tensor,
-    schedule: Schedule,
-    gamma: float,
-    action_noise: float,
+    score_net: ScoreNet, critic_target: Critic, batch: Batch, noise: torch.Tensor, schedule: Schedule, args: Args
 ) -> torch.Tensor:
     """y = r + gamma min_i Q'_i(s', a'), a' from the current policy (Algorithm 1 line 4; SML:180-210), (B,).
 
     Time limits bootstrap: only a termination, never a truncation, ends the sum of rewards.
     """
-    next_actions = sample_actions(score_net, batch.next_obs, noise, schedule, action_noise)
+    next_actions = sample_actions(score_net, batch.next_obs, noise, schedule, args.action_noise)  # (B, A)
     next_q = critic_target(batch.next_obs, next_actions).amin(0)  # (B,), clipped double Q
-    check_shapes(next_q.shape, rewards=batch.rewards, terminations=batch.terminations)
-    return batch.rewards + gamma * (1 - batch.terminations) * next_q
+    check_shape("rewards", batch.rewards, next_q.shape)
+    check_shape("terminations", batch.terminations, next_q.shape)
+    return batch.rewards + args.gamma * (1 - batch.terminations) * next_q
 
 
 def critic_loss(critic: Critic, batch: Batch, target_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum over both critics of mean (Q_i(s, a) - y)^2 (Algorithm 1 line 5; SML:214-222), and Q, (2, B)."""
     q = critic(batch.obs, batch.actions)  # (2, B)
-    check_shapes(q.shape[1:], target_q=target_q)
+    check_shape("target_q", target_q, q.shape[1:])
     return (q - target_q).square().mean(1).sum(), q.detach()
 
 
@@ -215,45 +232,55 @@ def q_gradient(critic: Critic, obs: torch.Tensor, actions: torch.Tensor) -> torc
         return torch.func.grad(lambda a: critic(obs, a).mean(0).sum())(actions)
 
 
-def diffuse(actions: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, schedule: Schedule) -> torch.Tensor:
-    """a_t = sqrt(alphas_cumprod_t) a + sqrt(1 - alphas_cumprod_t) noise (SML:255-259), (B, A)."""
-    alphas_cumprod = schedule.alphas_cumprod[t, None]  # (B, 1)
-    return alphas_cumprod.sqrt() * actions + (1 - alphas_cumprod).sqrt() * noise
+def eps_target(q_grad: torch.Tensor, noisy_actions: torch.Tensor, sigma: torch.Tensor, args: Args) -> torch.Tensor:
+    """What eps_theta(s, a_t, t) is regressed onto, (B, A), from dQ/da and a_t (B, A) and sigma_t (B, 1).
 
+    Eps is minus sigma_t times the score, hence the signs (the README of the released code has the opposite one).
 
-def eps_target(q_grad: torch.Tensor, alpha: float) -> torch.Tensor:
-    """What eps_theta(s, a_t, t) is regressed onto, (B, A): -alpha dQ/da(s, a_t).
-
-    The score is alpha dQ/da, and eps is minus the score: the sign of the code (SML:279), where its README has a plus.
-    Released: no factor sqrt(1 - alphas_cumprod_t), so the temperature varies with t.
+    released: -alpha dQ/da (SML:279). Without the factor sigma_t, and without the pull of the prior, a_t: each DDPM
+        step then multiplies the action by 1 / sqrt(alphas_t) > 1 and drives it to the bounds.
+    consistent: clip(sigma_t (a_t - alpha dQ/da), -c, c). Without the clip, the DDPM step becomes
+        a_{t-1} = sqrt(alphas_t) a_t + betas_t / sqrt(alphas_t) alpha dQ/da + sqrt(betas_t) z,
+        a Langevin step for N(0, I) exp(k alpha Q), k -> 2 for small betas. The clip keeps eps in the range of the
+        noise that it stands for, which bounds every step: the last ones otherwise overshoot an interior optimum.
     """
-    return -alpha * q_grad
+    if args.score_target == "released":
+        return -args.alpha * q_grad
+    return (sigma * (noisy_actions - args.alpha * q_grad)).clamp(-args.eps_clip, args.eps_clip)
 
 
 def actor_loss(
-    score_net: ScoreNet, critic: Critic, batch: Batch, noise: Noise, schedule: Schedule, alpha: float
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """mean (eps_theta(s, a_t, t) - eps_target)^2 (Algorithm 1 line 6; SML:246-288), and health metrics.
+    score_net: ScoreNet,
+    critic: Critic,
+    batch: Batch,
+    noise: Noise,
+    schedule: Schedule,
+    q_scale: torch.Tensor,
+    args: Args,
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """mean (eps_theta(s, a_t, t) - eps_target)^2 (Algorithm 1 line 6; SML:246-288), the new q_scale, metrics.
 
     dQ/da is taken at the noised action as in the released code; the paper's algorithm takes the replayed one.
+
+    Args:
+        q_scale: (2,), exponential averages of mean |dQ/da| and of 1, from zeros; the ratio is the running mean.
     """
-    noisy_actions = diffuse(batch.actions, noise.actions, noise.t, schedule)  # (B, A)
+    alphas_cumprod = schedule.alphas_cumprod[noise.t, None]  # (B, 1)
+    sigma = (1 - alphas_cumprod).sqrt()  # (B, 1)
+    noisy_actions = alphas_cumprod.sqrt() * batch.actions + sigma * noise.actions  # (B, A)
     q_grad = q_gradient(critic, batch.obs, noisy_actions)  # (B, A)
-    target = eps_target(q_grad, alpha)  # (B, A)
+    q_grad_abs = q_grad.abs().mean()
+    q_scale = q_scale.lerp(torch.stack([q_grad_abs, torch.ones_like(q_grad_abs)]), 0.001)
+    if args.normalize_q_grad:
+        q_grad = q_grad / (q_scale[0] / q_scale[1]).clamp_min(1e-12)
+    target = eps_target(q_grad, noisy_actions, sigma, args)  # (B, A)
     eps_pred = score_net(batch.obs, noisy_actions, noise.t)  # (B, A)
     metrics = {
-        "diffusion/q_grad_abs": q_grad.abs().mean(),
+        "diffusion/q_grad_abs": q_grad_abs,
         "diffusion/target_abs": target.abs().mean(),
         "diffusion/cosine": torch.cosine_similarity(eps_pred.detach(), target, dim=-1).mean(),
     }
-    return (eps_pred - target).square().mean(), metrics
-
-
-def check_shapes(shape: torch.Size, **tensors: torch.Tensor) -> None:
-    """Raise ValueError unless every tensor has this shape: (B, 1) against (B,) would broadcast to (B, B)."""
-    for name, tensor in tensors.items():
-        if tensor.shape != shape:
-            raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+    return (eps_pred - target).square().mean(), q_scale, metrics
 
 
 # ---------------------------------------------------------------------------------------------------------- update
@@ -267,6 +294,7 @@ class Learner(NamedTuple):
     critic_target: Critic
     actor_optimizer: torch.optim.Adam
     critic_optimizer: torch.optim.Adam
+    q_scale: torch.Tensor  # (2,), see actor_loss
 
 
 def make_learner(args: Args, obs_dim: int, act_dim: int, device: torch.device | str) -> Learner:
@@ -274,23 +302,18 @@ def make_learner(args: Args, obs_dim: int, act_dim: int, device: torch.device | 
     score_net = ScoreNet(obs_dim, act_dim, args.hidden_dims, args.diffusion_steps).to(device)
     critic, critic_target = (Critic(obs_dim, act_dim, args.hidden_dims).to(device) for _ in range(2))
     critic_target.load_state_dict(critic.state_dict())
-    actor_lr = torch.tensor(args.actor_lr, device=device)  # a tensor: changed in place, also under a CUDA graph
-    return Learner(
-        score_net,
-        critic,
-        critic_target.requires_grad_(False),
-        torch.optim.Adam(score_net.parameters(), lr=actor_lr, fused=True),
-        torch.optim.Adam(critic.parameters(), lr=args.critic_lr, fused=True),
-    )
+    actor_lr = torch.tensor(args.actor_lr, device=device)  # a tensor, to be changed in place
+    actor_optimizer = torch.optim.Adam(score_net.parameters(), lr=actor_lr, fused=True)
+    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_lr, fused=True)
+    q_scale = torch.zeros(2, device=device)
+    return Learner(score_net, critic, critic_target.requires_grad_(False), actor_optimizer, critic_optimizer, q_scale)
 
 
 def update(learner: Learner, batch: Batch, noise: Noise, schedule: Schedule, args: Args) -> dict[str, torch.Tensor]:
-    """One pass of Algorithm 1 lines 4 to 7. No host synchronisation; returns metrics as detached device tensors."""
-    score_net, critic, critic_target, actor_optimizer, critic_optimizer = learner
+    """Algorithm 1 lines 4 to 7, once. No host synchronisation; returns metrics as detached device tensors."""
+    score_net, critic, critic_target, actor_optimizer, critic_optimizer, q_scale = learner
 
-    target_q = td_target(
-        score_net, critic_target, batch, noise.next_actions, schedule, args.gamma, args.action_noise
-    )  # (B,)
+    target_q = td_target(score_net, critic_target, batch, noise.next_actions, schedule, args)  # (B,)
     q_loss, q = critic_loss(critic, batch, target_q)
     critic_optimizer.zero_grad()
     q_loss.backward()
@@ -298,54 +321,52 @@ def update(learner: Learner, batch: Batch, noise: Noise, schedule: Schedule, arg
     # theta' <- tau theta + (1 - tau) theta'
     torch._foreach_lerp_(list(critic_target.parameters()), list(critic.parameters()), args.tau)
 
-    eps_loss, metrics = actor_loss(score_net, critic, batch, noise, schedule, args.alpha)
+    eps_loss, new_q_scale, metrics = actor_loss(score_net, critic, batch, noise, schedule, q_scale, args)
+    q_scale.copy_(new_q_scale)
     actor_optimizer.zero_grad()
     eps_loss.backward()
     actor_optimizer.step()
-    return metrics | {
-        "losses/critic_loss": q_loss.detach(),
-        "losses/actor_loss": eps_loss.detach(),
-        "losses/q_values": q.mean(),
-    }
+    losses = {"critic_loss": q_loss.detach(), "actor_loss": eps_loss.detach(), "q_values": q.mean()}
+    return {f"losses/{name}": value for name, value in losses.items()} | metrics
 
 
 def actor_lr_at(num_updates: int, args: Args) -> float:
     """Learning rate of the score network: cosine decay over `actor_lr_decay` run lengths (SML:96)."""
     if args.actor_lr_decay == 0:
         return args.actor_lr
-    decay_updates = args.actor_lr_decay * args.utd * args.total_timesteps
-    return args.actor_lr * 0.5 * (1 + math.cos(math.pi * min(1.0, num_updates / decay_updates)))
+    progress = num_updates / (args.actor_lr_decay * args.utd * args.total_timesteps)
+    return args.actor_lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 # ------------------------------------------------------------------------------------------- evaluation and health
 
 
 def evaluate(score_net: ScoreNet, envs, schedule: Schedule, seed: int) -> list[tuple[float, int]]:
-    """(return, length) of one episode in each environment: actions sampled, no action noise (SML:306-320).
+    """(return, length) of one episode in each environment: actions sampled, without action noise (SML:306-320).
 
     Environments and random numbers are its own and start from `seed`: the training run is the same with and
     without evaluation, and all evaluations of a run start from the same states.
     """
     device = schedule.betas.device
     generator = torch.Generator(device).manual_seed(seed)
-    shape = (len(schedule.betas) + 1, envs.num_envs, envs.single_action_space.shape[0])
+    noise_shape = (len(schedule.betas) + 1, envs.num_envs, envs.single_action_space.shape[0])
     episodes: dict[int, tuple[float, int]] = {}
     obs, _ = envs.reset(seed=seed)
     while len(episodes) < envs.num_envs:
-        noise = torch.randn(shape, device=device, generator=generator)
+        noise = torch.randn(noise_shape, device=device, generator=generator)
         actions = sample_actions(score_net, to_tensor(obs, device), noise, schedule)
         obs, _, terminations, truncations, infos = envs.step(actions.cpu().numpy())
         for i, episode_return, length in finished_episodes(terminations | truncations, infos):
-            episodes.setdefault(i, (episode_return, length))  # the first of each: long episodes count as much as short
+            episodes.setdefault(i, (episode_return, length))  # one of each: short episodes do not count more often
     return [episodes[i] for i in range(envs.num_envs)]
 
 
 def policy_statistics(score_net: ScoreNet, obs: torch.Tensor, noise: torch.Tensor, schedule: Schedule):
-    """Is the policy stuck on the bounds, has it collapsed? Over K samples at each of B states, noise (T + 1, K B, A)."""
+    """Stuck on the bounds, or collapsed? From K samples at each of B states; noise is (T + 1, K B, A)."""
     actions = sample_actions(score_net, obs.repeat(noise.shape[1] // len(obs), 1), noise, schedule)  # (K B, A)
     return {
         "diffusion/bound_share": (actions.abs() == 1).float().mean(),  # share of coordinates at +-1
-        "diffusion/action_std": actions.view(-1, *obs.shape[:1], actions.shape[-1]).std(0).mean(),
+        "diffusion/action_std": actions.view(-1, len(obs), actions.shape[1]).std(0).mean(),
     }
 
 
@@ -357,27 +378,25 @@ def to_tensor(x: np.ndarray, device: torch.device | str) -> torch.Tensor:
     return torch.from_numpy(x.astype(np.float32)).to(device)
 
 
-def stop(message: str):
+def stop(message: object):
     """End the program with one line and exit code 1."""
     raise SystemExit(f"qsm.py: {message}")
 
 
 def check_args(args: Args) -> None:
     """Refuse impossible values before anything is built."""
-    for name in ("total_timesteps", "num_envs", "eval_episodes", "log_every", "buffer_size", "batch_size"):
-        if getattr(args, name) < 1:
-            stop(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    for name in ("learning_starts", "eval_every", "actor_lr_decay", "action_noise", "alpha", "seed"):
-        if not 0 <= getattr(args, name) < math.inf:
-            stop(f"--{name.replace('_', '-')} must be at least 0 and finite, got {getattr(args, name)}")
-    for name in ("utd", "actor_lr", "critic_lr"):
-        if not 0 < getattr(args, name) < math.inf:
-            stop(f"--{name.replace('_', '-')} must be above 0 and finite, got {getattr(args, name)}")
-    for name in ("gamma", "tau"):
-        if not 0 <= getattr(args, name) <= 1:
-            stop(f"--{name} must be in [0, 1], got {getattr(args, name)}")
-    if args.diffusion_steps < 1:
-        stop(f"--diffusion-steps must be at least 1, got {args.diffusion_steps}")
+    ranges = {
+        (1, 10**12): "total_timesteps num_envs eval_episodes log_every buffer_size batch_size diffusion_steps",
+        (0, 10**12): "learning_starts eval_every actor_lr_decay action_noise alpha",
+        (1e-9, 10**6): "utd actor_lr critic_lr",
+        (1e-9, math.inf): "eps_clip",
+        (0, 1): "gamma tau",
+        (0, 2**32 - 1): "seed",
+    }
+    for (low, high), names in ranges.items():
+        for name in names.split():
+            if not low <= getattr(args, name) <= high:
+                stop(f"--{name.replace('_', '-')} must be in [{low}, {high}], got {getattr(args, name)}")
     if not args.hidden_dims or min(args.hidden_dims) < 1:
         stop(f"--hidden-dims must be one or more positive widths, got {args.hidden_dims}")
     if args.buffer_size < args.num_envs:
@@ -388,25 +407,12 @@ def get_device(name: str) -> torch.device:
     """auto, cpu, cuda or cuda:N as a torch.device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
+    kind, _, index = name.partition(":")
+    if name != "cpu" and not (kind == "cuda" and (index or "0").isdecimal()):
         stop(f"--device must be auto, cpu, cuda or cuda:N, got {name}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        stop(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices that torch can use")
-    return device
-
-
-def check_buffer_fits(num_bytes: int, device: torch.device) -> None:
-    """Say before the run, not after hours of it, that the replay buffer will not fit."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    if num_bytes > free:
-        stop(
-            f"the replay buffer needs {num_bytes / 2**30:.1f} GiB, {device} has {free / 2**30:.1f} GiB free: "
-            "lower --buffer-size"
-        )
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        stop(f"--device {name}: torch finds {torch.cuda.device_count()} CUDA devices on this machine")
+    return torch.device(name)
 
 
 def main(args: Args) -> Path:
@@ -420,37 +426,38 @@ def main(args: Args) -> Path:
     try:  # environments first: worker processes are forked before CUDA starts
         envs = make_envs(args.env_id, args.num_envs, args.async_envs)
         eval_envs = make_envs(args.env_id, args.eval_episodes, asynchronous=False) if args.eval_every else None
-    except ValueError as error:
-        stop(str(error))
-    obs_dim, act_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+        obs_dim, act_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+        buffer = ReplayBuffer(args.buffer_size, obs_dim, act_dim, device)
+        run_path = args.run_dir / f"{args.env_id.replace('/', '-')}__qsm__{args.seed}__{int(time.time())}"
+        run_path.mkdir(parents=True)
+    except (ValueError, MemoryError, OSError) as error:
+        stop(error)
     envs.action_space.seed(args.seed)
-
-    check_buffer_fits(ReplayBuffer.num_bytes(args.buffer_size, obs_dim, act_dim), device)
-    buffer = ReplayBuffer(args.buffer_size, obs_dim, act_dim, device)
     learner = make_learner(args, obs_dim, act_dim, device)
-    schedule = make_schedule(args.beta_schedule, args.diffusion_steps, device)
     T = args.diffusion_steps
+    schedule = make_schedule(args.beta_schedule, T, device)
     rng = torch.Generator(device).manual_seed(args.seed)  # acting and updates
-    log_rng = torch.Generator(device).manual_seed(args.seed)  # diagnostics, so that they do not disturb training
-    eval_seed = args.seed + 1_000_000  # apart from the training environments' seed .. seed + num_envs - 1
+    log_rng = torch.Generator(device).manual_seed(args.seed)  # diagnostics, which must not disturb training
 
-    run_name = f"{args.env_id.replace('/', '-')}__qsm__{args.seed}__{int(time.time())}"
-    run_path = args.run_dir / run_name
     writer = SummaryWriter(run_path)
-    rows = "\n".join(f"|{key}|{value}|" for key, value in vars(args).items())
+    rows = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
-    episodes_csv = CsvFile(run_path / "episodes.csv", ("global_step", "env", "return", "length"))
-    evaluations_csv = CsvFile(run_path / "evaluations.csv", ("global_step", "episode", "return", "length"))
+    episodes_file = (run_path / "episodes.csv").open("w", newline="", buffering=1)  # a killed run keeps its lines
+    evaluations_file = (run_path / "evaluations.csv").open("w", newline="", buffering=1)
+    episodes_csv, evaluations_csv = csv.writer(episodes_file), csv.writer(evaluations_file)
+    episodes_csv.writerow(("global_step", "env", "return", "length"))
+    evaluations_csv.writerow(("global_step", "episode", "return", "length"))
 
-    def run_evaluation(global_step: int) -> None:
-        episodes = evaluate(learner.score_net, eval_envs, schedule, eval_seed)
-        evaluations_csv.write([(global_step, i, *episode) for i, episode in enumerate(episodes)])
+    def run_evaluation() -> None:
+        # Seeds apart from the training environments' seed .. seed + num_envs - 1.
+        episodes = evaluate(learner.score_net, eval_envs, schedule, args.seed + 1_000_000)
+        evaluations_csv.writerows((global_step, i, *episode) for i, episode in enumerate(episodes))
         returns = np.array([episode_return for episode_return, _ in episodes])
         writer.add_scalar("eval/return_mean", returns.mean(), global_step)
         writer.add_scalar("eval/return_std", returns.std(), global_step)
         progress.write(f"step {global_step}: evaluation return {returns.mean():.1f} +- {returns.std():.1f}")
 
-    if args.compile:  # functions, not modules, so that checkpoints keep their names; deleting this changes only speed
+    if args.compile:  # functions, not modules: parameter names stay as they are. Delete this, and only speed changes.
         for function in (td_target, critic_loss, actor_loss):
             globals()[function.__name__] = torch.compile(function, fullgraph=True)
 
@@ -458,13 +465,13 @@ def main(args: Args) -> Path:
     metrics: dict[str, torch.Tensor] = {}
     last_returns: deque[float] = deque(maxlen=10)
     progress = tqdm(total=args.total_timesteps, unit="step", dynamic_ncols=True, mininterval=1.0)
-    obs, _ = envs.reset(seed=args.seed)  # env i gets seed + i
     if args.eval_every:
-        run_evaluation(global_step)
-    log_time, log_step = time.perf_counter(), global_step
+        run_evaluation()
+    obs, _ = envs.reset(seed=args.seed)  # env i gets seed + i
+    log_time, log_step = time.perf_counter(), 0
 
     while global_step < args.total_timesteps:
-        # 1. Act: uniform at first, then a^T ~ N(0, I) denoised to a^0, plus action noise (Algorithm 1 line 2).
+        # 1. Act (Algorithm 1 line 2): uniformly at random at first, then with the policy plus action noise.
         obs_tensor = to_tensor(obs, device)  # (N, O)
         if global_step < args.learning_starts:
             actions = torch.from_numpy(envs.action_space.sample()).to(device)  # (N, A)
@@ -473,22 +480,22 @@ def main(args: Args) -> Path:
             actions = sample_actions(learner.score_net, obs_tensor, noise, schedule, args.action_noise)
         envs.step_async(actions.cpu().numpy())
 
-        # 2. Update while the environments step. The batches lag by one vector step: the transitions under way are
-        # not in the buffer yet. The number of updates is exact: floor(utd * steps since learning_starts).
+        # 2. Update while the environments step. Batches lag by one vector step: the transitions under way are not in
+        # the buffer yet. The count is exact: floor(utd * environment steps since learning_starts).
         while num_updates < math.floor((global_step - args.learning_starts) * args.utd + 1e-9):
             learner.actor_optimizer.param_groups[0]["lr"].fill_(actor_lr_at(num_updates, args))
             batch = buffer.gather(buffer.sample_indices(args.batch_size, rng))
             metrics = update(learner, batch, draw_noise(T, args.batch_size, act_dim, rng), schedule, args)
             num_updates += 1
 
-        # 3. Store. An action with N(0, I) under it never leaves [-1, 1], a broken simulator does leave the reals.
+        # 3. Store.
         next_obs, rewards, terminations, truncations, infos = envs.step_wait()
         dones = terminations | truncations
         final_obs = true_next_obs(next_obs, dones, infos)
         if not (np.isfinite(rewards).all() and np.isfinite(final_obs).all()):
-            stop(f"the simulator returned a non-finite reward or observation at step {global_step}; nothing was stored")
-        transitions = (rewards, final_obs, terminations)
-        buffer.add(Batch(obs_tensor, actions, *(to_tensor(x, device) for x in transitions)))
+            stop(f"non-finite reward or observation at step {global_step}: the simulator or the networks diverged")
+        stepped = (to_tensor(x, device) for x in (rewards, final_obs, terminations))
+        buffer.add(Batch(obs_tensor, actions, *stepped))
         obs = next_obs
         global_step += args.num_envs
         progress.update(args.num_envs)
@@ -496,55 +503,33 @@ def main(args: Args) -> Path:
         # 4. Log and evaluate.
         for i, episode_return, length in finished_episodes(dones, infos):
             last_returns.append(episode_return)
-            episodes_csv.write([(global_step, i, episode_return, length)])
+            episodes_csv.writerow((global_step, i, episode_return, length))
             writer.add_scalar("charts/episodic_return", episode_return, global_step)
             writer.add_scalar("charts/episodic_length", length, global_step)
-        if global_step // args.log_every > (global_step - args.num_envs) // args.log_every:
-            sps = (global_step - log_step) / (time.perf_counter() - log_time)
-            log_time, log_step = time.perf_counter(), global_step
-            writer.add_scalar("charts/SPS", sps, global_step)
+        if global_step % args.log_every < args.num_envs:
             if metrics:
                 states = buffer.gather(buffer.sample_indices(64, log_rng)).obs
                 noise = torch.randn(T + 1, 16 * 64, act_dim, device=device, generator=log_rng)
                 metrics |= policy_statistics(learner.score_net, states, noise, schedule)
-            for key, value in metrics.items():
-                writer.add_scalar(key, value.item(), global_step)
+                values = torch.stack(list(metrics.values())).tolist()  # the only wait for the device
+                for name, value in zip(metrics, values, strict=True):
+                    writer.add_scalar(name, value, global_step)
+            sps = (global_step - log_step) / (time.perf_counter() - log_time)
+            writer.add_scalar("charts/SPS", sps, global_step)
             mean_return = f"{np.mean(last_returns):.1f}" if last_returns else "-"
             progress.set_postfix_str(f"return {mean_return}, SPS {sps:.0f}", refresh=False)
-        if args.eval_every and global_step // args.eval_every > (global_step - args.num_envs) // args.eval_every:
-            run_evaluation(global_step)
-            log_time, log_step = time.perf_counter(), global_step  # evaluation is not counted in SPS
+            log_time, log_step = time.perf_counter(), global_step
+        if args.eval_every and global_step % args.eval_every < args.num_envs:
+            run_evaluation()
+            log_time, log_step = time.perf_counter(), global_step  # SPS is the speed of training alone
 
-    torch.save(
-        {
-            "score_net": learner.score_net.state_dict(),
-            "critic": learner.critic.state_dict(),
-            "args": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
-        },
-        run_path / "model.pt",
-    )
-    progress.close()
-    writer.close()
-    episodes_csv.file.close()
-    evaluations_csv.file.close()
-    envs.close()
-    if eval_envs:
-        eval_envs.close()
+    networks = {"score_net": learner.score_net.state_dict(), "critic": learner.critic.state_dict()}
+    torch.save(networks | {"args": vars(args) | {"run_dir": str(args.run_dir)}}, run_path / "model.pt")
+    for closable in (progress, writer, episodes_file, evaluations_file, envs, eval_envs):
+        if closable is not None:
+            closable.close()
     print(f"saved {run_path / 'model.pt'}")
     return run_path
-
-
-class CsvFile:
-    """Rows flushed as they are written, so that a killed run keeps its results."""
-
-    def __init__(self, path: Path, header: tuple[str, ...]):
-        self.file = path.open("w", newline="")
-        self.writer = csv.writer(self.file)
-        self.write([header])
-
-    def write(self, rows: list[tuple]) -> None:
-        self.writer.writerows(rows)
-        self.file.flush()
 
 
 if __name__ == "__main__":

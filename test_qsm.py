@@ -1,0 +1,700 @@
+"""Tests of the mathematics against closed forms, and of the loop's accounting. CPU only, no network, about a minute."""
+
+import csv
+import math
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import qsm
+from buffer import Batch, ReplayBuffer
+from envs import finished_episodes, make_env, make_envs, true_next_obs
+from networks import Critic, ScoreNet, mish
+from qsm import (
+    Args,
+    Noise,
+    actor_loss,
+    actor_lr_at,
+    check_args,
+    critic_loss,
+    draw_noise,
+    eps_target,
+    make_learner,
+    make_schedule,
+    q_gradient,
+    sample_actions,
+    td_target,
+    update,
+)
+
+ROOT = Path(__file__).parent
+OBS, ACT, B = 3, 2, 5  # sizes of observation, action and batch where nothing else is said
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_batch(batch_size: int = B, seed: int = 0) -> Batch:
+    g = generator(seed)
+    obs, next_obs = torch.randn(2, batch_size, OBS, generator=g)
+    rewards = torch.randn(batch_size, generator=g)
+    actions = torch.rand(batch_size, ACT, generator=g) * 2 - 1
+    return Batch(obs, actions, rewards, next_obs, (torch.rand(batch_size, generator=g) < 0.3).float())
+
+
+class QuadraticCritic:
+    """Q_i(s, a) = -k_i/2 |a - s[:ACT]|^2, whose mean gradient is -mean(k) (a - s[:ACT])."""
+
+    k = torch.tensor([1.0, 3.0])
+
+    def __call__(self, obs, actions):
+        return -self.k[:, None] / 2 * (actions - obs[:, :ACT]).square().sum(-1)
+
+    def gradient(self, obs, actions):
+        return -self.k.mean() * (actions - obs[:, :ACT])
+
+
+class OracleScore:
+    """Stands in for ScoreNet: eps_theta(s, a_t, t) given in closed form by `eps(a_t, t)`."""
+
+    def __init__(self, eps, T):
+        self.eps, self.T = eps, T
+
+    def time_features(self):
+        return torch.arange(self.T, dtype=torch.float32)[:, None]
+
+    def obs_features(self, obs):
+        return torch.zeros(len(obs), 1)
+
+    def denoise(self, features, actions):
+        return self.eps(actions, int(features[0, 0]))
+
+
+# ------------------------------------------------------------------------------------------------------- networks
+
+
+def test_score_net_equals_the_concatenated_network():
+    """The first layer in three pieces is the same function as one layer over [action; observation; time embedding]."""
+    T = 7
+    net = ScoreNet(OBS, ACT, (32, 24), T).double()
+    torch.nn.init.normal_(net.first_bias)
+    batch, t = random_batch(), torch.tensor([0, 6, 3, 3, 1])
+    obs, actions = batch.obs.double(), batch.actions.double()
+
+    angles = 2 * math.pi * t[:, None].double() * net.frequencies
+    embedding = torch.cat([angles.cos(), angles.sin()], -1)
+    embedding = net.time_mlp[2](F.mish(net.time_mlp[0](embedding)))
+    weight = torch.cat([net.act_weight, net.obs_weight, net.time_weight], 1)
+    x = F.mish(F.linear(torch.cat([actions, obs, embedding], 1), weight, net.first_bias))
+    expected = net.out(F.mish(net.hidden[0](x)))
+    torch.testing.assert_close(net(obs, actions, t), expected)
+
+
+def test_critic_equals_two_separate_networks():
+    critic = Critic(OBS, ACT, (16, 8))
+    for bias in [critic.first_bias, *critic.biases]:
+        torch.nn.init.normal_(bias)
+    batch = random_batch()
+    for i, q in enumerate(critic(batch.obs, batch.actions)):
+        weight = torch.cat([critic.obs_weight[i], critic.act_weight[i]])
+        x = torch.cat([batch.obs, batch.actions], 1) @ weight + critic.first_bias[i]
+        for w, b in zip(critic.weights, critic.biases, strict=True):
+            x = x.relu() @ w[i] + b[i]
+        torch.testing.assert_close(q, x[:, 0])
+
+
+def test_initialisation_is_xavier_uniform_over_the_concatenated_input():
+    torch.manual_seed(0)
+    net, critic = ScoreNet(300, 20, (256, 256)), Critic(300, 20, (256, 256))
+    for weights, fan_in in (
+        ((net.act_weight, net.obs_weight, net.time_weight), 300 + 20 + 128),
+        ((critic.obs_weight, critic.act_weight), 300 + 20),
+    ):
+        bound = (6 / (fan_in + 256)) ** 0.5
+        for weight in weights:
+            assert weight.abs().max() <= bound
+            assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.03)
+    assert net.frequencies.shape == (32,)
+    assert all(not b.any() for b in [net.first_bias, net.out.bias, critic.first_bias, *critic.biases])
+
+
+def test_mish():
+    x = torch.linspace(-30, 60, 9001)
+    torch.testing.assert_close(mish(x), F.mish(x.double()).float(), rtol=1e-5, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ schedule, sampler
+
+
+@pytest.mark.parametrize("T", [1, 5, 20])
+def test_schedules_match_their_definitions(T):
+    for name in ("vp", "cosine", "linear"):
+        betas, alphas, alphas_cumprod = make_schedule(name, T)
+        product = 1.0
+        for t in range(T):
+            product *= 1 - betas[t].item()
+            assert alphas[t].item() == pytest.approx(1 - betas[t].item(), abs=1e-7)
+            assert alphas_cumprod[t].item() == pytest.approx(product, rel=1e-4)
+    # The exponents of the vp schedule sum to -b_min - (b_max - b_min) / 2, whatever T is.
+    assert make_schedule("vp", T).alphas_cumprod[-1].item() == pytest.approx(math.exp(-5.05), rel=1e-4)
+    f = [math.cos(math.pi / 2 * (t / T + 0.008) / 1.008) ** 2 for t in range(T + 1)]
+    for t in range(T - 1):  # the last beta is cut to 0.999
+        assert make_schedule("cosine", T).alphas_cumprod[t].item() == pytest.approx(f[t + 1] / f[0], rel=1e-4)
+    assert make_schedule("cosine", T).betas[-1].item() == pytest.approx(0.999)
+    linear = make_schedule("linear", T).betas
+    assert linear[0].item() == pytest.approx(1e-4)
+    assert T == 1 or linear[-1].item() == pytest.approx(2e-2)
+
+
+def test_vp_schedule_as_in_the_released_code():
+    sigma = (1 - make_schedule("vp", 5).alphas_cumprod).sqrt()
+    torch.testing.assert_close(sigma, torch.tensor([0.443, 0.752, 0.917, 0.980, 0.997]), atol=5e-4, rtol=0)
+
+
+def test_sampler_with_a_linear_score_has_the_closed_form_mean_and_variance():
+    """With eps = g_t (a - m) each step is linear in a and z: mean and variance follow a two-line recursion."""
+    schedule, g, m = make_schedule("vp", 5), [0.9, 0.7, 1.1, 0.5, 0.8], 0.3
+    n, scale = 200_000, 0.02  # noise this small never meets the clamp, so that the recursion is exact
+    noise = scale * torch.randn(6, n, 1, generator=generator())
+    score = OracleScore(lambda a, t: g[t] * (a - m), 5)
+    samples = sample_actions(score, torch.zeros(n, OBS), noise, schedule).double()
+    mean, var = 0.0, scale**2
+    for t in reversed(range(5)):
+        beta, alpha, alpha_bar = (x[t].item() for x in schedule)
+        k = beta / math.sqrt(1 - alpha_bar) * g[t]
+        mean = ((1 - k) * mean + k * m) / math.sqrt(alpha)
+        var = (1 - k) ** 2 * var / alpha + (beta * scale**2 if t > 0 else 0)
+    assert abs(mean) < 0.9
+    assert samples.mean().item() == pytest.approx(mean, abs=5 * math.sqrt(var / n))
+    assert samples.var().item() == pytest.approx(var, rel=5 * math.sqrt(2 / n))
+
+
+def test_sampler_recovers_a_gaussian_from_its_exact_score():
+    """The exact eps of N(0.2, 0.1^2) diffused to level t; 100 steps leave a bias far below the tolerances."""
+    T, mean, std = 100, 0.2, 0.1
+    schedule = make_schedule("cosine", T)
+
+    def eps(a, t):
+        alpha_bar = schedule.alphas_cumprod[t]
+        return (1 - alpha_bar).sqrt() * (a - alpha_bar.sqrt() * mean) / (alpha_bar * std**2 + 1 - alpha_bar)
+
+    noise = torch.randn(T + 1, 20_000, 1, generator=generator())
+    samples = sample_actions(OracleScore(eps, T), torch.zeros(20_000, OBS), noise, schedule)
+    assert samples.mean().item() == pytest.approx(mean, abs=0.005)
+    assert samples.std().item() == pytest.approx(std, rel=0.05)
+
+
+def test_samples_stay_in_bounds_and_use_all_the_noise():
+    T = 5
+    net, schedule = ScoreNet(OBS, ACT, (16,), T), make_schedule("vp", T)
+    noise = torch.randn(T + 1, B, ACT, generator=generator())
+    obs = random_batch().obs
+    actions = sample_actions(net, obs, noise, schedule, action_noise=0.1)
+    assert actions.shape == (B, ACT)
+    assert actions.abs().max() <= 1
+    contraction, tame = OracleScore(lambda a, t: 0.5 * a, T), 0.05 * noise  # away from the bounds every noise shows
+    actions = sample_actions(contraction, obs, tame, schedule, action_noise=0.1)
+    for k in range(T + 1):
+        changed = tame.clone()
+        changed[k] += 0.01
+        assert not torch.equal(sample_actions(contraction, obs, changed, schedule, action_noise=0.1), actions)
+
+
+# ------------------------------------------------------------------------------------------------ targets, losses
+
+
+def test_q_gradient_of_a_quadratic():
+    critic, batch = QuadraticCritic(), random_batch()
+    torch.testing.assert_close(q_gradient(critic, batch.obs, batch.actions), critic.gradient(batch.obs, batch.actions))
+
+
+def test_td_target_by_hand():
+    """r + gamma min(Q_1, Q_2) without, r with a termination; a truncation is stored as not terminated."""
+    batch = random_batch(3)._replace(
+        rewards=torch.tensor([1.0, 2.0, 3.0]),
+        next_obs=torch.tensor([[10.0, 0, 0], [20.0, 0, 0], [-7.0, 0, 0]]),
+        terminations=torch.tensor([0.0, 1.0, 0.0]),
+    )
+    args = Args(gamma=0.9)
+    T = args.diffusion_steps
+    net, schedule = ScoreNet(OBS, ACT, (8,), T), make_schedule("cosine", T)
+    noise = torch.randn(T + 1, 3, ACT, generator=generator())
+    seen = []
+
+    def critic_target(obs, actions):
+        seen.append(actions)
+        return torch.stack([obs[:, 0], 2 * obs[:, 0]])  # the minimum is Q_1 where positive, Q_2 where negative
+
+    target = td_target(net, critic_target, batch, noise, schedule, args)
+    torch.testing.assert_close(target, torch.tensor([1 + 0.9 * 10, 2, 3 + 0.9 * -14]))
+    torch.testing.assert_close(seen[0], sample_actions(net, batch.next_obs, noise, schedule, args.action_noise))
+
+
+def test_critic_loss_by_hand():
+    batch, target = random_batch(2), torch.tensor([1.0, 2.0])
+    loss, q = critic_loss(lambda obs, actions: torch.tensor([[0.0, 0.0], [1.0, 4.0]]), batch, target)
+    assert loss.item() == pytest.approx((1 + 4) / 2 + (0 + 4) / 2)
+    assert q.shape == (2, 2)
+
+
+@pytest.mark.parametrize("score_target", ["released", "consistent"])
+def test_actor_loss_is_zero_at_its_target(score_target):
+    args = Args(score_target=score_target, alpha=0.7, normalize_q_grad=False)
+    schedule, critic, batch = make_schedule("vp", 5), QuadraticCritic(), random_batch(64)
+    noise = draw_noise(5, 64, ACT, generator())
+
+    def score_net(obs, noisy_actions, t):
+        sigma = (1 - schedule.alphas_cumprod[t])[:, None].sqrt()
+        expected_noisy = (1 - sigma**2).sqrt() * batch.actions + sigma * noise.actions
+        torch.testing.assert_close(noisy_actions, expected_noisy)
+        q_grad = critic.gradient(obs, noisy_actions)
+        if score_target == "released":
+            return -0.7 * q_grad
+        return (sigma * (noisy_actions - 0.7 * q_grad)).clamp(-2, 2)
+
+    loss, _, metrics = actor_loss(score_net, critic, batch, noise, schedule, torch.zeros(2), args)
+    assert loss.item() == pytest.approx(0, abs=1e-10)
+    assert metrics["diffusion/cosine"].item() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("score_target", ["released", "consistent"])
+def test_actor_gradient_against_finite_differences_and_none_to_the_critics(score_target):
+    args = Args(score_target=score_target, alpha=2.0, diffusion_steps=5)
+    torch.manual_seed(0)
+    net, critic = ScoreNet(OBS, ACT, (8, 8), 5).double(), Critic(OBS, ACT, (8, 8)).double()
+    schedule = [x.double() for x in make_schedule("vp", 5)]
+    batch = Batch(*(x.double() for x in random_batch()))
+    noise = draw_noise(5, B, ACT, generator())
+    noise = Noise(noise.next_actions, noise.actions.double(), noise.t)
+
+    def loss():
+        return actor_loss(net, critic, batch, noise, qsm.Schedule(*schedule), torch.zeros(2).double(), args)[0]
+
+    loss().backward()
+    assert all(p.grad is None for p in critic.parameters())
+    for parameter in net.parameters():
+        flat, h = parameter.data.view(-1), 1e-6
+        for k in range(0, len(flat), max(1, len(flat) // 3)):
+            value = flat[k].item()
+            flat[k] = value + h
+            up = loss().item()
+            flat[k] = value - h
+            down = loss().item()
+            flat[k] = value
+            assert parameter.grad.view(-1)[k].item() == pytest.approx((up - down) / (2 * h), rel=1e-4, abs=1e-7)
+
+
+def test_gradient_scale_is_the_running_mean_and_makes_the_target_scale_free():
+    args, schedule, batch = Args(), make_schedule("cosine", 10), random_batch(64)
+    assert args.normalize_q_grad
+    critic = QuadraticCritic()
+    targets = []
+
+    def score_net(obs, noisy_actions, t):
+        return torch.zeros_like(noisy_actions)
+
+    for reward_scale in (1.0, 10.0):
+        q_scale, values = torch.zeros(2), []
+        for seed in range(4):
+            noise = draw_noise(10, 64, ACT, generator(seed))
+            loss, q_scale, metrics = actor_loss(
+                score_net, lambda s, a, k=reward_scale: k * critic(s, a), batch, noise, schedule, q_scale, args
+            )
+            values.append(metrics["diffusion/q_grad_abs"].item())
+        weights = [0.999**k for k in (3, 2, 1, 0)]
+        expected = sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
+        assert (q_scale[0] / q_scale[1]).item() == pytest.approx(expected, rel=1e-4)
+        targets.append(loss.item())
+    assert targets[0] == pytest.approx(targets[1], rel=1e-4)
+
+
+def test_wrong_shapes_raise():
+    batch, args = random_batch(), Args()
+    T = args.diffusion_steps
+    net, critic, schedule = ScoreNet(OBS, ACT, (8,), T), Critic(OBS, ACT, (8,)), make_schedule("cosine", T)
+    noise = torch.randn(T + 1, B, ACT)
+    for name in ("rewards", "terminations"):
+        bad = batch._replace(**{name: getattr(batch, name)[:, None]})
+        with pytest.raises(ValueError, match=name):
+            td_target(net, critic, bad, noise, schedule, args)
+        with pytest.raises(ValueError, match=name):
+            ReplayBuffer(10, OBS, ACT).add(bad)
+    with pytest.raises(ValueError, match="target_q"):
+        critic_loss(critic, batch, torch.zeros(B, 1))
+
+
+# --------------------------------------------------------------------------------------------------- whole updates
+
+
+def test_update_moves_critics_targets_and_score_as_stated():
+    args = Args(hidden_dims=(16, 16), tau=0.1)
+    learner = make_learner(args, OBS, ACT, "cpu")
+    schedule = make_schedule(args.beta_schedule, args.diffusion_steps)
+    before = [p.clone() for p in learner.critic_target.parameters()]
+    for seed in range(3):
+        old_target = [p.clone() for p in learner.critic_target.parameters()]
+        old_score = [p.clone() for p in learner.score_net.parameters()]
+        metrics = update(learner, random_batch(32), draw_noise(10, 32, ACT, generator(seed)), schedule, args)
+        for new, old, online in zip(
+            learner.critic_target.parameters(), old_target, learner.critic.parameters(), strict=True
+        ):
+            torch.testing.assert_close(new, 0.1 * online + 0.9 * old)
+        assert all(not torch.equal(p, q) for p, q in zip(learner.score_net.parameters(), old_score, strict=True))
+        assert all(not value.requires_grad and math.isfinite(value) for value in metrics.values())
+    assert all(not torch.equal(p, q) for p, q in zip(learner.critic_target.parameters(), before, strict=True))
+
+
+def test_critic_learns_a_known_value():
+    """Reward 1 in every state and no termination: Q = 1 / (1 - gamma)."""
+    args = Args(hidden_dims=(32, 32), diffusion_steps=2, gamma=0.5, tau=0.1, critic_lr=3e-3)
+    torch.manual_seed(0)
+    learner, schedule = make_learner(args, OBS, ACT, "cpu"), make_schedule("cosine", 2)
+    for seed in range(400):
+        batch = random_batch(64, seed)._replace(rewards=torch.ones(64), terminations=torch.zeros(64))
+        update(learner, batch, draw_noise(2, 64, ACT, generator(seed)), schedule, args)
+    assert (learner.critic(batch.obs, batch.actions) - 2).abs().mean() < 0.05
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ on the CPU")
+def test_compiled_functions_agree_with_eager():
+    args = Args(hidden_dims=(16, 16), diffusion_steps=3)
+    torch.manual_seed(0)
+    learner, schedule = make_learner(args, OBS, ACT, "cpu"), make_schedule("cosine", 3)
+    batch, noise = random_batch(), draw_noise(3, B, ACT, generator())
+
+    def run(td, actor):
+        y = td(learner.score_net, learner.critic_target, batch, noise.next_actions, schedule, args)
+        loss = actor(learner.score_net, learner.critic, batch, noise, schedule, torch.zeros(2), args)[0]
+        return y, loss, *torch.autograd.grad(loss, list(learner.score_net.parameters()))
+
+    compiled = run(torch.compile(td_target, fullgraph=True), torch.compile(actor_loss, fullgraph=True))
+    for x, y in zip(compiled, run(td_target, actor_loss), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_actor_lr_schedule():
+    args = Args(total_timesteps=1000, utd=0.5, actor_lr=1.0)  # 500 updates, decay over 1000
+    assert actor_lr_at(0, args) == 1.0
+    assert actor_lr_at(500, args) == pytest.approx(0.5)
+    assert actor_lr_at(1000, args) == actor_lr_at(2000, args) == pytest.approx(0, abs=1e-12)
+    assert actor_lr_at(900, Args(actor_lr_decay=0, actor_lr=1.0)) == 1.0
+
+
+# ----------------------------------------------------------------------------- sampled against Boltzmann densities
+
+Q_FUNCTIONS = {  # Q(a) on [-1, 1] and dQ/da
+    "quadratic": (lambda a: -((a - 0.3) ** 2), lambda a: -2 * (a - 0.3)),
+    "bimodal": (lambda a: -4 * (a**2 - 0.25) ** 2, lambda a: -16 * a * (a**2 - 0.25)),
+    "linear": (lambda a: a, torch.ones_like),
+    "flat": (torch.zeros_like, torch.zeros_like),
+}
+
+
+def oracle_samples(q_grad, args: Args, n: int = 20_000) -> torch.Tensor:
+    """Samples (n,) of the policy whose network is exactly at its regression target, dQ/da in closed form."""
+    schedule = make_schedule(args.beta_schedule, args.diffusion_steps)
+    sigma = (1 - schedule.alphas_cumprod).sqrt()
+    score = OracleScore(lambda a, t: eps_target(q_grad(a), a, sigma[t], args), args.diffusion_steps)
+    noise = torch.randn(args.diffusion_steps + 1, n, 1, generator=generator())
+    return sample_actions(score, torch.zeros(n, OBS), noise, schedule)[:, 0].double()
+
+
+def w1_to_boltzmann(samples: torch.Tensor, q, alpha: float) -> float:
+    """Wasserstein-1 distance to the density proportional to exp(alpha Q) on [-1, 1], by quantiles."""
+    grid = torch.linspace(-1, 1, 20_001, dtype=torch.float64)
+    density = (alpha * q(grid) - (alpha * q(grid)).max()).exp()
+    cdf = density.cumsum(0) / density.sum()
+    levels = (torch.arange(len(samples), dtype=torch.float64) + 0.5) / len(samples)
+    quantiles = grid[torch.searchsorted(cdf, levels).clamp(max=len(grid) - 1)]
+    return (samples.sort().values - quantiles).abs().mean().item()
+
+
+def mean_w1(score_target: str, **kwargs) -> dict[str, float]:
+    """Mean over alpha in {1, 10, 50, 200} of the distance to exp(alpha Q), for each of the four Q."""
+    distances = {}
+    for name, (q, q_grad) in Q_FUNCTIONS.items():
+        args = [Args(score_target=score_target, alpha=alpha, **kwargs) for alpha in (1.0, 10.0, 50.0, 200.0)]
+        distances[name] = sum(w1_to_boltzmann(oracle_samples(q_grad, a), q, a.alpha) for a in args) / len(args)
+    return distances
+
+
+def test_consistent_target_samples_the_boltzmann_density():
+    """Measured: 0.082 on average (quadratic 0.089, bimodal 0.084, linear 0.127, flat 0.028)."""
+    assert sum(mean_w1("consistent").values()) / 4 < 0.10
+
+
+def test_released_target_does_not():
+    """ACT documented fact about the released form, T = 5, vp: distance 0.45; a flat Q sends 67 % to the bounds."""
+    assert sum(mean_w1("released").values()) / 4 > 0.40
+    flat = oracle_samples(torch.zeros_like, Args(score_target="released"))
+    assert (flat.abs() == 1).double().mean() > 0.60
+    flat = oracle_samples(torch.zeros_like, Args(score_target="consistent"))
+    assert (flat.abs() == 1).double().mean() < 0.01
+
+
+# ------------------------------------------------------------------------------------------- environments, the loop
+
+
+class Counter(gym.Env):
+    """Observation (episode, step): even episodes terminate after 3 steps, odd ones are truncated after 5.
+
+    Episodes of copies are told apart by a start that depends on the seed.
+    """
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
+    action_space = gym.spaces.Box(-0.4, 0.4, (1,), np.float32)
+    episode = None
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episode = 101 * seed if self.episode is None or seed is not None else self.episode + 1
+        self.t = 0
+        return np.array([self.episode, 0.0]), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        self.t += 1
+        terminated, truncated = self.episode % 2 == 0 and self.t == 3, self.episode % 2 == 1 and self.t == 5
+        return np.array([self.episode, self.t], np.float64), float(self.t), terminated, truncated, {}
+
+
+gym.register("Counter-v0", Counter)
+
+QUICK = {
+    "env_id": "Counter-v0",
+    "hidden_dims": (8,),
+    "batch_size": 4,
+    "buffer_size": 1000,
+    "learning_starts": 20,
+    "total_timesteps": 60,
+    "eval_every": 0,
+    "log_every": 20,
+    "device": "cpu",
+}
+
+
+@pytest.fixture
+def buffers(monkeypatch):
+    """The replay buffers that `qsm.main` makes."""
+    made = []
+
+    class Recorded(ReplayBuffer):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+
+    monkeypatch.setattr(qsm, "ReplayBuffer", Recorded)
+    return made
+
+
+@pytest.mark.parametrize("async_envs", [False, True])
+def test_no_stored_transition_crosses_an_episode(async_envs, buffers, tmp_path):
+    qsm.main(Args(**QUICK, num_envs=3, async_envs=async_envs, run_dir=tmp_path))
+    (buffer,) = buffers
+    assert buffer.size == 60
+    obs, actions, rewards, next_obs, terminations = (x[:60] for x in buffer.storage)
+    assert torch.equal(next_obs[:, 0], obs[:, 0])  # the same episode
+    assert torch.equal(next_obs[:, 1], obs[:, 1] + 1)  # one step later
+    assert torch.equal(rewards, next_obs[:, 1])
+    assert torch.equal(terminations, ((obs[:, 0] % 2 == 0) & (next_obs[:, 1] == 3)).float())
+    truncated = (obs[:, 0] % 2 == 1) & (next_obs[:, 1] == 5)
+    assert truncated.any()
+    assert not terminations[truncated].any()
+    assert len(obs.unique(dim=0)) == 60  # nothing stored twice, nothing lost
+    assert actions.abs().max() <= 1
+    assert actions.abs().max() > 0.5  # stored in [-1, 1], not in the environment's +-0.4
+
+
+def test_sync_and_async_runs_are_the_same_run(buffers, tmp_path):
+    for async_envs in (False, True):
+        qsm.main(Args(**QUICK, num_envs=2, async_envs=async_envs, run_dir=tmp_path / str(async_envs)))
+    for x, y in zip(buffers[0].storage, buffers[1].storage, strict=True):
+        assert torch.equal(x[:60], y[:60])
+
+
+def test_episode_statistics_and_final_observations():
+    envs = make_envs("Counter-v0", 2, asynchronous=False)
+    envs.reset(seed=[0, 1])  # env 0 terminates after 3 steps, env 1 is truncated after 5
+    finished = []
+    for step in range(1, 6):
+        next_obs, _, terminations, truncations, infos = envs.step(np.zeros((2, 1), np.float32))
+        dones = terminations | truncations
+        final_obs = true_next_obs(next_obs, dones, infos)
+        finished += [(step, *episode) for episode in finished_episodes(dones, infos)]
+        if step == 3:
+            assert dones.tolist() == [True, False]
+            assert final_obs.tolist() == [[0, 3], [101, 3]]
+            assert next_obs.tolist() == [[1, 0], [101, 3]]  # what the policy acts on is the new episode
+    assert finished == [(3, 0, 1 + 2 + 3, 3), (5, 1, 1 + 2 + 3 + 4 + 5, 5)]
+    envs.close()
+
+
+@pytest.mark.parametrize(("env_id", "bound"), [("Humanoid-v4", 0.4), ("InvertedPendulum-v4", 3.0)])
+def test_actions_are_rescaled_to_the_bounds_of_the_environment(env_id, bound):
+    env = make_env(env_id)
+    env.reset(seed=0)
+    assert np.all(env.action_space.low == -1)
+    assert np.all(env.action_space.high == 1)
+    for action in (-1.0, 0.0, 1.0):
+        env.step(np.full(env.action_space.shape, action, np.float32))
+        np.testing.assert_allclose(env.unwrapped.data.ctrl, action * bound, rtol=1e-6)
+    env.close()
+
+
+@pytest.mark.parametrize(
+    ("env_id", "message"),
+    [
+        ("CartPole-v1", "continuous"),
+        ("NoSuchEnv-v0", "NoSuchEnv"),
+        ("no such id", "no such id"),
+        ("Pusher-v4", "mujoco"),
+    ],
+)
+def test_impossible_environments_get_one_line(env_id, message):
+    with pytest.raises(ValueError, match=message) as error:
+        make_envs(env_id, 1)
+    assert "\n" not in str(error.value)
+
+
+def test_buffer_is_a_ring_of_the_newest():
+    buffer = ReplayBuffer(7, OBS, ACT)
+    for start in range(0, 20, 4):  # 4 does not divide 7: additions wrap around
+        batch = random_batch(4, seed=start)
+        buffer.add(batch._replace(rewards=torch.arange(start, start + 4.0)))
+    assert buffer.size == 7
+    assert sorted(buffer.storage.rewards.tolist()) == list(range(13, 20))
+    row = buffer.storage.rewards.tolist().index(18.0)
+    assert torch.equal(buffer.gather(torch.tensor([row])).obs[0], batch.obs[2])
+    indices = buffer.sample_indices(7000, generator())
+    assert indices.bincount(minlength=7).min() > 850  # uniform: 1000 each, standard deviation 29
+
+
+def test_buffer_that_cannot_fit_says_so():
+    with pytest.raises(MemoryError, match=r"needs .* GiB.*--buffer-size"):
+        ReplayBuffer(10**12, 376, 17)
+    assert ReplayBuffer.num_bytes(1_000_000, 376, 17) == 4 * (376 + 17 + 1 + 376 + 1) * 10**6
+
+
+@pytest.mark.parametrize(("num_envs", "utd"), [(1, 1.0), (4, 0.25), (3, 0.1), (2, 2.5), (1, 0.29)])
+def test_update_to_data_ratio_is_exact(num_envs, utd, monkeypatch, tmp_path):
+    counts = []
+    monkeypatch.setattr(qsm, "update", lambda *args: counts.append(1) or {"losses/q": torch.zeros(())})
+    qsm.main(Args(**QUICK | {"total_timesteps": 120}, num_envs=num_envs, utd=utd, run_dir=tmp_path))
+    # The last transitions are stored after the last updates: batches lag by one vector step.
+    assert len(counts) == math.floor(round((120 - num_envs - 20) * utd, 6))
+
+
+def weights(run: Path) -> list[torch.Tensor]:
+    saved = torch.load(run / "model.pt", weights_only=True)
+    return [*saved["score_net"].values(), *saved["critic"].values()]
+
+
+def test_same_seed_same_run_and_evaluation_disturbs_nothing(tmp_path):
+    runs = {}
+    for name, changes in {
+        "first": {},
+        "again": {},
+        "evaluated": {"eval_every": 10, "eval_episodes": 2, "log_every": 7},
+        "seed 2": {"seed": 2},
+    }.items():
+        runs[name] = qsm.main(Args(**QUICK | {"env_id": "Pendulum-v1"} | changes, run_dir=tmp_path / name))
+    for name, same in {"again": True, "evaluated": True, "seed 2": False}.items():
+        pairs = zip(weights(runs["first"]), weights(runs[name]), strict=True)
+        assert all(torch.equal(x, y) for x, y in pairs) is same, name
+    rows = list(csv.DictReader((runs["evaluated"] / "evaluations.csv").open()))
+    assert [int(row["global_step"]) for row in rows] == [step for step in range(0, 61, 10) for _ in range(2)]
+    assert all(int(row["length"]) == 200 for row in rows)
+
+
+def test_evaluation_counts_one_episode_of_each_environment():
+    envs = make_envs("Counter-v0", 3, asynchronous=False)
+    net, schedule = ScoreNet(2, 1, (8,), 5), make_schedule("vp", 5)
+    episodes = qsm.evaluate(net, envs, schedule, seed=7)  # episodes 707, 808, 909
+    assert episodes == [(15.0, 5), (6.0, 3), (15.0, 5)]
+    assert qsm.evaluate(net, envs, schedule, seed=7) == episodes
+    envs.close()
+
+
+def test_non_finite_rewards_stop_the_run(monkeypatch, tmp_path, buffers):
+    step = Counter.step
+
+    def broken(self, action):
+        obs, reward, *rest = step(self, action)
+        return obs, math.nan if self.t == 4 else reward, *rest
+
+    monkeypatch.setattr(Counter, "step", broken)
+    with pytest.raises(SystemExit, match="non-finite reward"):
+        qsm.main(Args(**QUICK, run_dir=tmp_path))
+    assert torch.isfinite(buffers[0].storage.rewards[: buffers[0].size]).all()
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"gamma": 1.5},
+        {"gamma": math.nan},
+        {"total_timesteps": 0},
+        {"num_envs": -1},
+        {"utd": 0.0},
+        {"diffusion_steps": 0},
+        {"hidden_dims": ()},
+        {"eps_clip": -1.0},
+        {"buffer_size": 2, "num_envs": 3},
+        {"learning_starts": -5},
+    ],
+)
+def test_impossible_values_are_refused(bad):
+    with pytest.raises(SystemExit, match="--" + next(iter(bad)).replace("_", "-")):
+        check_args(Args(**bad))
+
+
+def test_every_argument_is_read():
+    source = (ROOT / "qsm.py").read_text()
+    for field in fields(Args):
+        assert re.search(rf"\bargs\.{field.name}\b", source), f"{field.name} is declared and never read"
+
+
+def command_line(*flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "qsm.py"), *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=170, check=False)
+
+
+def test_command_line_trains_evaluates_and_saves(tmp_path):
+    flags = "--env-id Hopper-v4 --num-envs 2 --total-timesteps 400 --learning-starts 200 --utd 0.5 --hidden-dims 32 32"
+    flags += f" --eval-every 200 --eval-episodes 2 --log-every 100 --device cpu --run-dir {tmp_path}"
+    result = command_line(*flags.split())
+    assert result.returncode == 0, result.stderr
+    (run,) = tmp_path.iterdir()
+    steps = [int(row["global_step"]) for row in csv.DictReader((run / "evaluations.csv").open())]
+    assert steps == [0, 0, 200, 200, 400, 400]
+    saved = torch.load(run / "model.pt", weights_only=True)
+    net = ScoreNet(11, 3, saved["args"]["hidden_dims"], saved["args"]["diffusion_steps"])
+    net.load_state_dict(saved["score_net"])
+    assert list(run.glob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--env-id", "CartPole-v1"), "continuous"),
+        (("--gamma", "2"), "--gamma"),
+        (("--device", "tpu"), "--device"),
+        (("--device", "cuda:99"), "--device"),
+        (("--run-dir", "/dev/null/runs"), "/dev/null"),
+    ],
+)
+def test_command_line_refuses_in_one_line(flags, message):
+    result = command_line("--env-id", "Pendulum-v1", *flags)
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
