@@ -474,7 +474,7 @@ def main(args: Args) -> Path:
         # 1. Act (Algorithm 1 line 2): uniformly at random at first, then with the policy plus action noise.
         obs_tensor = to_tensor(obs, device)  # (N, O)
         if global_step < args.learning_starts:
-            actions = torch.from_numpy(envs.action_space.sample()).to(device)  # (N, A)
+            actions = to_tensor(envs.action_space.sample(), device)  # (N, A)
         else:
             noise = torch.randn(T + 1, args.num_envs, act_dim, device=device, generator=rng)
             actions = sample_actions(learner.score_net, obs_tensor, noise, schedule, args.action_noise)

@@ -1,0 +1,44 @@
+"""Copy finished runs into results/ as plain CSV, so that curves and tables can be redrawn from the repository alone.
+
+    python results/collect.py results/halfcheetah runs/HalfCheetah-v4__qsm__*
+
+Each run becomes a folder <env>__<score target>__seed<N> with episodes.csv and evaluations.csv as written by qsm.py,
+scalars.csv (one row per logging step, from the event file) and args.csv.
+"""
+
+import csv
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+
+def collect(run: Path, destination: Path) -> Path:
+    """Copy one run below `destination`; returns the new folder."""
+    args = torch.load(run / "model.pt", weights_only=True)["args"]
+    folder = destination / f"{args['env_id'].replace('/', '-')}__{args['score_target']}__seed{args['seed']}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("episodes.csv", "evaluations.csv"):
+        shutil.copy(run / name, folder / name)
+    with (folder / "args.csv").open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(item for item in args.items() if item[0] != "run_dir")
+
+    events = EventAccumulator(str(run))
+    events.Reload()
+    names = [name for name in events.Tags()["scalars"] if name.split("/")[0] in ("losses", "diffusion")]
+    columns = {name: {event.step: event.value for event in events.Scalars(name)} for name in [*names, "charts/SPS"]}
+    with (folder / "scalars.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["global_step", *columns])
+        for step in columns["charts/SPS"]:
+            writer.writerow([step, *(f"{column[step]:.5g}" if step in column else "" for column in columns.values())])
+    return folder
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        raise SystemExit("usage: python results/collect.py DESTINATION RUN [RUN ...]")
+    for run in sys.argv[2:]:
+        print(collect(Path(run), Path(sys.argv[1])))

@@ -1,0 +1,61 @@
+"""Learning curves and the table of results/README.md, from the CSVs in results/.
+
+    pip install matplotlib && python results/plot.py
+"""
+
+import csv
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+HERE = Path(__file__).parent
+COLORS = {"consistent": "tab:blue", "released": "tab:orange"}
+
+
+def read(path: Path, column: str) -> tuple[np.ndarray, np.ndarray]:
+    """global_step and one column of a CSV, rows without a value left out."""
+    rows = [row for row in csv.DictReader(path.open()) if row.get(column)]
+    return np.array([int(row["global_step"]) for row in rows]), np.array([float(row[column]) for row in rows])
+
+
+def smooth(values: np.ndarray, width: int = 10) -> np.ndarray:
+    """Mean of the last `width` values at each point, fewer at the start."""
+    return np.array([values[max(0, i - width + 1) : i + 1].mean() for i in range(len(values))])
+
+
+def plot(group: Path) -> None:
+    """One panel per environment, one line per seed: mean of the last 10 training episodes against steps."""
+    runs = defaultdict(list)
+    for run in sorted(group.iterdir()):
+        if run.is_dir():
+            env_id, target, seed = run.name.split("__")
+            runs[env_id].append((target, seed, run))
+    figure, axes = plt.subplots(1, len(runs), figsize=(3.6 * len(runs) + 0.6, 3), squeeze=False, layout="constrained")
+    for axis, (env_id, seeds) in zip(axes[0], runs.items(), strict=True):
+        for target, seed, run in seeds:
+            steps, returns = read(run / "episodes.csv", "return")
+            first = seed == min(s for t, s, _ in seeds if t == target)
+            axis.plot(steps, smooth(returns), color=COLORS[target], lw=1.2, label=target if first else None)
+            evaluation_steps, evaluations = read(run / "evaluations.csv", "return")
+            last = evaluations[evaluation_steps == evaluation_steps.max()]
+            _, bound = read(run / "scalars.csv", "diffusion/bound_share")
+            cells = f"{returns[-10:].mean():.0f}", f"{last.mean():.0f} ± {last.std():.0f}", f"{bound[-10:].mean():.2f}"
+            print(f"| {env_id} | {target} | {seed[4:]} | {steps[-1]:,} | {' | '.join(cells)} |")
+        axis.set(title=env_id, xlabel="environment steps")
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_ylabel("return, last 10 episodes")
+    axes[0, 0].legend(frameon=False)
+    figure.savefig(group.with_suffix(".png"), dpi=110)
+
+
+if __name__ == "__main__":
+    print("| task | target | seed | steps | last 10 training episodes | last evaluation | actions on the bound |")
+    print("|---|---|---|---|---|---|---|")
+    for group in sorted(path for path in HERE.iterdir() if path.is_dir()):
+        plot(group)
