@@ -31,7 +31,7 @@ for axis, (name, title) in zip(axes, titles.items(), strict=True):
         on_bound = (samples.abs() == 1).double().mean()
         print(f"{name}, {target}: {on_bound:.0%} of the samples at -1 or 1")
     exact = (10 * q(grid)).exp()
-    axis.plot(grid, exact / exact.mean() / 2, "k", lw=1.5, label="exp(α Q), exact")
+    axis.plot(grid, exact / exact.mean() / 2, "k", lw=1.5, label="exp(alpha Q), exact")
     axis.set(title=title, xlabel="action", ylim=(0, 3), yticks=[])
     axis.spines[["top", "right", "left"]].set_visible(False)
 axes[0].legend(frameon=False, loc="upper left", fontsize=8)

@@ -1,6 +1,6 @@
 """Learning curves and the table of results/README.md, from the CSVs in results/.
 
-    pip install matplotlib && python results/plot.py
+pip install matplotlib && python results/plot.py
 """
 
 import csv
