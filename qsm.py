@@ -47,68 +47,42 @@ PRESETS = {
 @dataclass
 class Args:
     # --- run ---
-    env_id: str = "Humanoid-v4"
-    """Gymnasium id with continuous, bounded actions; dm_control/walker-walk-v0 and its like need shimmy"""
-    seed: int = 1
-    """seed of Python, NumPy, torch, the environments and the action space"""
-    device: str = "auto"
-    """auto (CUDA when there is one), cpu, cuda or cuda:N"""
-    compile: bool = False
-    """torch.compile the target and the losses: faster after a minute of compilation, needs a C++ compiler"""
-    run_dir: Path = Path("runs")
-    """where the folder of this run is made: event file, CSVs, final networks"""
-    total_timesteps: int = 1_000_000
-    """environment steps, counted over all environments"""
-    num_envs: int = 1
-    """environments stepped together"""
-    async_envs: bool | None = None
-    """a worker process per environment; None: when there are several environments and several cores"""
-    eval_every: int = 10_000
-    """environment steps between evaluations, the first before training; 0: never"""
-    eval_episodes: int = 10
-    """episodes of an evaluation, one per evaluation environment"""
-    log_every: int = 1_000
-    """environment steps between scalars in the event file"""
+    env_id: str = "Humanoid-v4"  # Gymnasium id with bounded actions; dm_control/walker-walk-v0 and its like need shimmy
+    seed: int = 1  # of Python, NumPy, torch, the environments and the action space
+    device: str = "auto"  # auto (CUDA when there is one), cpu, cuda or cuda:N
+    compile: bool = False  # torch.compile target and losses: faster after a minute of compiling, needs a C++ compiler
+    run_dir: Path = Path("runs")  # where the folder of this run is made: event file, CSVs, final networks
+    total_timesteps: int = 1_000_000  # environment steps, counted over all environments
+    num_envs: int = 1  # environments stepped together
+    async_envs: bool | None = None  # a worker process for each; None: with several environments and several cores
+    eval_every: int = 10_000  # environment steps between evaluations, the first before training; 0: never
+    eval_episodes: int = 10  # episodes of an evaluation, one per evaluation environment
+    log_every: int = 1_000  # environment steps between scalars in the event file
 
     # --- reinforcement learning ---
-    buffer_size: int = 1_000_000
-    """transitions kept, on the training device"""
-    learning_starts: int = 10_000
-    """environment steps with uniform random actions before the first update"""
-    batch_size: int = 256
-    """transitions in an update (N in Algorithm 1)"""
-    utd: float = 1.0
-    """update-to-data ratio: gradient updates per environment step, fractions included"""
-    gamma: float = 0.99
-    """discount (gamma)"""
-    tau: float = 0.005
-    """step of the target critics towards the critics in each update (tau)"""
-    actor_lr: float = 3e-4
-    """Adam learning rate of the score network (phi)"""
-    actor_lr_decay: float = 2.0
-    """cosine-decay the actor's learning rate to 0 over this many run lengths (released: 2); 0: constant"""
-    critic_lr: float = 3e-4
-    """Adam learning rate of the critics (theta)"""
-    hidden_dims: tuple[int, ...] = (512, 512)
-    """widths of the hidden layers of score network and critics (released: 512 512; paper: 256 256)"""
-    action_noise: float = 0.1
-    """standard deviation of the Gaussian noise on behaviour and target actions"""
+    buffer_size: int = 1_000_000  # transitions kept, on the training device
+    learning_starts: int = 10_000  # environment steps with uniform random actions before the first update
+    batch_size: int = 256  # transitions in an update (N in Algorithm 1)
+    utd: float = 1.0  # update-to-data ratio: gradient updates per environment step, fractions included
+    gamma: float = 0.99  # discount (gamma)
+    tau: float = 0.005  # step of the target critics towards the critics in each update (tau)
+    actor_lr: float = 3e-4  # Adam learning rate of the score network (phi)
+    actor_lr_decay: float = 2.0  # cosine-decay actor_lr to 0 over this many run lengths (released: 2); 0: constant
+    critic_lr: float = 3e-4  # Adam learning rate of the critics (theta)
+    hidden_dims: tuple[int, ...] = (512, 512)  # widths of score network and critics (paper: 256 256)
+    action_noise: float = 0.1  # standard deviation of the Gaussian noise on behaviour and target actions
 
     # --- diffusion; None takes the value of PRESETS for the score target ---
+
+    # what eps_theta is regressed onto: clip(sigma_t (a_t - alpha dQ/da), -c, c), or released: -alpha dQ/da
     score_target: Literal["consistent", "released"] = "consistent"
-    """what eps_theta is regressed onto: clip(sigma_t (a_t - alpha dQ/da), -c, c), or released: -alpha dQ/da"""
+    # inverse temperature (Algorithm 1: alpha, released code: M_q), higher is greedier; consistent 10, released 50
     alpha: float | None = None
-    """inverse temperature (alpha in Algorithm 1, M_q in the released code), higher is greedier; consistent: 10,
-    released: 50"""
-    diffusion_steps: int | None = None
-    """denoising steps (T); consistent: 10, released: 5"""
-    beta_schedule: Literal["vp", "cosine", "linear"] | None = None
-    """noise schedule (beta_t); consistent: cosine, released: vp"""
+    diffusion_steps: int | None = None  # denoising steps (T); consistent 10, released 5
+    beta_schedule: Literal["vp", "cosine", "linear"] | None = None  # beta_t; consistent cosine, released vp
+    # divide dQ/da by a running mean of |dQ/da|: alpha means the same on every task; consistent True, released False
     normalize_q_grad: bool | None = None
-    """divide dQ/da by a running mean of |dQ/da|, so that alpha means the same on every task; consistent: True,
-    released: False"""
-    eps_clip: float = 2.0
-    """bound on eps in the consistent target (c); inf: none"""
+    eps_clip: float = 2.0  # bound on eps in the consistent target (c); inf: none
 
     def __post_init__(self):
         for name, value in PRESETS[self.score_target].items():
