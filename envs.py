@@ -1,9 +1,12 @@
 """Vectorized Gymnasium environments with actions in [-1, 1] and transitions that never cross an episode.
 
-Only gymnasium and numpy are imported, so the file can be copied on its own.
+Beside the standard library only gymnasium and numpy are imported, so the file can be copied on its own.
 """
 
+import multiprocessing
 import os
+import pickle
+import signal
 import warnings
 
 import gymnasium as gym
@@ -19,6 +22,36 @@ class SyncEnvs(SyncVectorEnv):
 
     def step_wait(self):
         return self.step(self._pending_actions)
+
+
+class Snapshot(gym.Wrapper):
+    """`snapshot` is the state of an environment, mid-episode, as bytes to be set on another copy of it.
+
+    The attributes of every layer: the simulator (pickled MjData; MuJoCo's own mj_setState would lose what the next
+    reward is computed from), the time limit's count, the running return, the random state. Without what is the same in
+    every copy. None where a simulator cannot be pickled (dm_control).
+    """
+
+    SHARED = ("env", "func", "model", "mujoco_renderer", "spec", "action_space", "observation_space")
+
+    def layers(self) -> list[gym.Env]:
+        layers = [self.env]
+        while layers[-1] is not self.unwrapped:
+            layers.append(layers[-1].env)
+        return layers
+
+    @property
+    def snapshot(self) -> bytes | None:
+        states = [{k: v for k, v in vars(layer).items() if k not in self.SHARED} for layer in self.layers()]
+        try:
+            return pickle.dumps(states)
+        except (TypeError, AttributeError, pickle.PicklingError):
+            return None
+
+    @snapshot.setter
+    def snapshot(self, value: bytes) -> None:
+        for layer, state in zip(self.layers(), pickle.loads(value), strict=True):
+            vars(layer).update(state)
 
 
 def make_env(env_id: str) -> gym.Env:
@@ -58,7 +91,10 @@ def make_env(env_id: str) -> gym.Env:
     # clamp and alpha then mean the same on every task. RescaleAction does not clip, the sampler's clamp does.
     one = env.action_space.dtype.type(1)
     env = gym.wrappers.RescaleAction(env, -one, one)
-    return gym.wrappers.RecordEpisodeStatistics(env)  # inside the vector env: the vector wrapper hides step_async
+    if multiprocessing.parent_process():  # a worker: Ctrl-C and a scheduler's SIGTERM reach it with the main process,
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # which still needs it to end its step and write a checkpoint
+        signal.signal(signal.SIGTERM, lambda signum, frame: signal.alarm(60))
+    return Snapshot(gym.wrappers.RecordEpisodeStatistics(env))  # the vector form of the latter would hide step_async
 
 
 def make_envs(env_id: str, num_envs: int, asynchronous: bool | None = None) -> SyncEnvs | AsyncVectorEnv:

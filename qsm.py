@@ -14,14 +14,15 @@ denoising chain. One update (Algorithm 1), on a batch (s, a, r, s'):
     python qsm.py --env-id HalfCheetah-v4 --num-envs 4 --utd 0.25 --hidden-dims 256 256
     python qsm.py --help
 
-Needs beside it networks.py, buffer.py and envs.py. "Released" below means the authors' JAX code, github.com/
+Needs beside it networks.py, buffer.py, envs.py and runs.py. "Released" below means the authors' JAX code, github.com/
 Alescontrela/score_matching_rl at 2e77893; SML is its jaxrl5/agents/score_matching/score_matching_learner.py and DIF
 its jaxrl5/networks/diffusion.py. Where paper and released code differ, the line says which one it follows.
 """
 
-import csv
+import atexit
 import math
 import random
+import sys
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -31,12 +32,12 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 import tyro
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from buffer import Batch, ReplayBuffer
 from envs import finished_episodes, make_envs, true_next_obs
 from networks import Critic, ScoreNet
+from runs import CheckpointError, RunFolder, StopRequest, load_checkpoint, restore_checkpoint, save_checkpoint
 
 PRESETS = {
     "consistent": {"alpha": 10.0, "diffusion_steps": 10, "beta_schedule": "cosine", "normalize_q_grad": True},
@@ -58,6 +59,9 @@ class Args:
     eval_every: int = 10_000  # environment steps between evaluations, the first before training; 0: never
     eval_episodes: int = 10  # episodes of an evaluation, one per evaluation environment
     log_every: int = 1_000  # environment steps between scalars in the event file
+    checkpoint_every: int = 100_000  # environment steps between checkpoints; one is always written at the end
+    checkpoint_buffer: bool = True  # without: small checkpoints, but a resumed run starts with an empty buffer
+    resume: Path | None = None  # folder of a run: continue it bit for bit, with the arguments it was started with
 
     # --- reinforcement learning ---
     buffer_size: int = 1_000_000  # transitions kept, on the training device
@@ -352,16 +356,17 @@ def to_tensor(x: np.ndarray, device: torch.device | str) -> torch.Tensor:
     return torch.from_numpy(x.astype(np.float32)).to(device)
 
 
-def stop(message: object):
-    """End the program with one line and exit code 1."""
-    raise SystemExit(f"qsm.py: {message}")
+def stop(message: object, code: int = 1):
+    """End the program with one line on stderr."""
+    print(f"qsm.py: {message}", file=sys.stderr)
+    raise SystemExit(code)
 
 
 def check_args(args: Args) -> None:
     """Refuse impossible values before anything is built."""
     ranges = {
         (1, 10**12): "total_timesteps num_envs eval_episodes log_every buffer_size batch_size diffusion_steps",
-        (0, 10**12): "learning_starts eval_every actor_lr_decay action_noise alpha",
+        (0, 10**12): "learning_starts eval_every checkpoint_every actor_lr_decay action_noise alpha",
         (1e-9, 10**6): "utd actor_lr critic_lr",
         (1e-9, math.inf): "eps_clip",
         (0, 1): "gamma tau",
@@ -391,6 +396,13 @@ def get_device(name: str) -> torch.device:
 
 def main(args: Args) -> Path:
     """Train, and return the folder of the run."""
+    saved, run_path = None, args.resume
+    if run_path:
+        try:
+            saved = load_checkpoint(run_path / "checkpoint.zip")
+            args = Args(**saved["loop"]["args"])
+        except (CheckpointError, KeyError, TypeError) as error:
+            stop(error, code=2)
     check_args(args)
     device = get_device(args.device)
     random.seed(args.seed)
@@ -402,10 +414,9 @@ def main(args: Args) -> Path:
         eval_envs = make_envs(args.env_id, args.eval_episodes, asynchronous=False) if args.eval_every else None
         obs_dim, act_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
         buffer = ReplayBuffer(args.buffer_size, obs_dim, act_dim, device)
-        run_path = args.run_dir / f"{args.env_id.replace('/', '-')}__qsm__{args.seed}__{int(time.time())}"
-        run_path.mkdir(parents=True)
-    except (ValueError, MemoryError, OSError) as error:
+    except (ValueError, MemoryError) as error:
         stop(error)
+    atexit.register(envs.close)  # worker processes end first, however this one ends
     envs.action_space.seed(args.seed)
     learner = make_learner(args, obs_dim, act_dim, device)
     T = args.diffusion_steps
@@ -413,38 +424,50 @@ def main(args: Args) -> Path:
     rng = torch.Generator(device).manual_seed(args.seed)  # acting and updates
     log_rng = torch.Generator(device).manual_seed(args.seed)  # diagnostics, which must not disturb training
 
-    writer = SummaryWriter(run_path)
-    rows = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
-    episodes_file = (run_path / "episodes.csv").open("w", newline="", buffering=1)  # a killed run keeps its lines
-    evaluations_file = (run_path / "evaluations.csv").open("w", newline="", buffering=1)
-    episodes_csv, evaluations_csv = csv.writer(episodes_file), csv.writer(evaluations_file)
-    episodes_csv.writerow(("global_step", "env", "return", "length"))
-    evaluations_csv.writerow(("global_step", "episode", "return", "length"))
+    global_step = num_updates = 0
+    metrics: dict[str, torch.Tensor] = {}
+    last_returns: deque[float] = deque(maxlen=10)
+    obs, _ = envs.reset(seed=args.seed)  # env i gets seed + i
+    try:
+        if saved:
+            restored = restore_checkpoint(run_path / "checkpoint.zip", saved, learner, buffer, envs, (rng, log_rng))
+            global_step, num_updates, saved_obs, metrics, last_returns = saved["loop"]["state"]
+            obs = saved_obs if restored else obs  # a simulator that cannot be saved starts a new episode
+        else:
+            run_path = args.run_dir / f"{args.env_id.replace('/', '-')}__qsm__{args.seed}__{int(time.time())}"
+        run = RunFolder(run_path, vars(args), resumed_at=global_step if saved else None)
+    except CheckpointError as error:
+        stop(error, code=2)
+    except OSError as error:
+        stop(f"cannot write to {run_path}: {error.strerror}")
+
+    def checkpoint() -> None:
+        loop = {"args": vars(args), "state": (global_step, num_updates, obs, metrics, last_returns)}
+        try:
+            save_checkpoint(run.checkpoint, loop, learner, buffer, envs, (rng, log_rng), args.checkpoint_buffer)
+        except OSError as error:  # a full disk, say: the older checkpoint is still there, and training goes on
+            progress.write(f"no checkpoint at step {global_step}: {error.strerror}")
 
     def run_evaluation() -> None:
         # Seeds apart from the training environments' seed .. seed + num_envs - 1.
         episodes = evaluate(learner.score_net, eval_envs, schedule, args.seed + 1_000_000)
-        evaluations_csv.writerows((global_step, i, *episode) for i, episode in enumerate(episodes))
+        run.evaluations.writerows((global_step, i, *episode) for i, episode in enumerate(episodes))
         returns = np.array([episode_return for episode_return, _ in episodes])
-        writer.add_scalar("eval/return_mean", returns.mean(), global_step)
-        writer.add_scalar("eval/return_std", returns.std(), global_step)
+        run.events.add_scalar("eval/return_mean", returns.mean(), global_step)
+        run.events.add_scalar("eval/return_std", returns.std(), global_step)
         progress.write(f"step {global_step}: evaluation return {returns.mean():.1f} +- {returns.std():.1f}")
 
     if args.compile:  # functions, not modules: parameter names stay as they are. Delete this, and only speed changes.
         for function in (td_target, critic_loss, actor_loss):
             globals()[function.__name__] = torch.compile(function, fullgraph=True)
 
-    global_step = num_updates = 0
-    metrics: dict[str, torch.Tensor] = {}
-    last_returns: deque[float] = deque(maxlen=10)
-    progress = tqdm(total=args.total_timesteps, unit="step", dynamic_ncols=True, mininterval=1.0)
-    if args.eval_every:
+    progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True, mininterval=1.0)
+    stop_request = StopRequest()
+    if args.eval_every and not saved:
         run_evaluation()
-    obs, _ = envs.reset(seed=args.seed)  # env i gets seed + i
-    log_time, log_step = time.perf_counter(), 0
+    log_time, log_step = time.perf_counter(), global_step
 
-    while global_step < args.total_timesteps:
+    while global_step < args.total_timesteps and not stop_request.signum:
         # 1. Act (Algorithm 1 line 2): uniformly at random at first, then with the policy plus action noise.
         obs_tensor = to_tensor(obs, device)  # (N, O)
         if global_step < args.learning_starts:
@@ -456,7 +479,10 @@ def main(args: Args) -> Path:
 
         # 2. Update while the environments step. Batches lag by one vector step: the transitions under way are not in
         # the buffer yet. The count is exact: floor(utd * environment steps since learning_starts).
-        while num_updates < math.floor((global_step - args.learning_starts) * args.utd + 1e-9):
+        updates_due = math.floor((global_step - args.learning_starts) * args.utd + 1e-9)
+        if buffer.size < min(args.learning_starts, args.buffer_size):  # also after a resume without the buffer
+            num_updates = max(num_updates, updates_due)
+        while num_updates < updates_due:
             learner.actor_optimizer.param_groups[0]["lr"].fill_(actor_lr_at(num_updates, args))
             batch = buffer.gather(buffer.sample_indices(args.batch_size, rng))
             metrics = update(learner, batch, draw_noise(T, args.batch_size, act_dim, rng), schedule, args)
@@ -474,12 +500,12 @@ def main(args: Args) -> Path:
         global_step += args.num_envs
         progress.update(args.num_envs)
 
-        # 4. Log and evaluate.
+        # 4. Log, evaluate, save.
         for i, episode_return, length in finished_episodes(dones, infos):
             last_returns.append(episode_return)
-            episodes_csv.writerow((global_step, i, episode_return, length))
-            writer.add_scalar("charts/episodic_return", episode_return, global_step)
-            writer.add_scalar("charts/episodic_length", length, global_step)
+            run.episodes.writerow((global_step, i, episode_return, length))
+            run.events.add_scalar("charts/episodic_return", episode_return, global_step)
+            run.events.add_scalar("charts/episodic_length", length, global_step)
         if global_step % args.log_every < args.num_envs:
             if metrics:
                 states = buffer.gather(buffer.sample_indices(64, log_rng)).obs
@@ -487,9 +513,9 @@ def main(args: Args) -> Path:
                 metrics |= policy_statistics(learner.score_net, states, noise, schedule)
                 values = torch.stack(list(metrics.values())).tolist()  # the only wait for the device
                 for name, value in zip(metrics, values, strict=True):
-                    writer.add_scalar(name, value, global_step)
+                    run.events.add_scalar(name, value, global_step)
             sps = (global_step - log_step) / (time.perf_counter() - log_time)
-            writer.add_scalar("charts/SPS", sps, global_step)
+            run.events.add_scalar("charts/SPS", sps, global_step)
             mean_return = f"{np.mean(last_returns):.1f}" if last_returns else "-"
             progress.set_postfix_str(f"return {mean_return}, SPS {sps:.0f}", refresh=False)
             log_time, log_step = time.perf_counter(), global_step
@@ -497,11 +523,18 @@ def main(args: Args) -> Path:
             run_evaluation()
             log_time, log_step = time.perf_counter(), global_step  # SPS is the speed of training alone
 
+        if args.checkpoint_every and global_step % args.checkpoint_every < args.num_envs:
+            checkpoint()
+
+    checkpoint()
+    stop_request.restore()
     networks = {"score_net": learner.score_net.state_dict(), "critic": learner.critic.state_dict()}
     torch.save(networks | {"args": vars(args) | {"run_dir": str(args.run_dir)}}, run_path / "model.pt")
-    for closable in (progress, writer, episodes_file, evaluations_file, envs, eval_envs):
+    for closable in (progress, run, envs, eval_envs):
         if closable is not None:
             closable.close()
+    if stop_request.signum:
+        stop(f"stopped at step {global_step}; to continue: --resume {run_path}", code=128 + stop_request.signum)
     print(f"saved {run_path / 'model.pt'}")
     return run_path
 

@@ -2,10 +2,15 @@
 
 import csv
 import math
+import multiprocessing
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
+import zipfile
 from dataclasses import fields
 from pathlib import Path
 
@@ -14,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import qsm
 from buffer import Batch, ReplayBuffer
@@ -35,6 +41,7 @@ from qsm import (
     td_target,
     update,
 )
+from runs import load_checkpoint, restore_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parent
 OBS, ACT, B = 3, 2, 5  # sizes of observation, action and batch where nothing else is said
@@ -562,12 +569,10 @@ def buffers(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize("async_envs", [False, True])
-def test_no_stored_transition_crosses_an_episode(async_envs, buffers, tmp_path):
-    qsm.main(Args(**QUICK, num_envs=3, async_envs=async_envs, run_dir=tmp_path))
-    (buffer,) = buffers
-    assert buffer.size == 60
-    obs, actions, rewards, next_obs, terminations = (x[:60] for x in buffer.storage)
+def check_transitions(buffer: ReplayBuffer, size: int) -> None:
+    """Every stored transition of Counter-v0 is one that an episode can hold."""
+    assert buffer.size == size
+    obs, actions, rewards, next_obs, terminations = (x[:size] for x in buffer.storage)
     assert torch.equal(next_obs[:, 0], obs[:, 0])  # the same episode
     assert torch.equal(next_obs[:, 1], obs[:, 1] + 1)  # one step later
     assert torch.equal(rewards, next_obs[:, 1])
@@ -575,9 +580,15 @@ def test_no_stored_transition_crosses_an_episode(async_envs, buffers, tmp_path):
     truncated = (obs[:, 0] % 2 == 1) & (next_obs[:, 1] == 5)
     assert truncated.any()
     assert not terminations[truncated].any()
-    assert len(obs.unique(dim=0)) == 60  # nothing stored twice, nothing lost
     assert actions.abs().max() <= 1
     assert actions.abs().max() > 0.5  # stored in [-1, 1], not in the environment's +-0.4
+
+
+@pytest.mark.parametrize("async_envs", [False, True])
+def test_no_stored_transition_crosses_an_episode(async_envs, buffers, tmp_path):
+    qsm.main(Args(**QUICK, num_envs=3, async_envs=async_envs, run_dir=tmp_path))
+    check_transitions(buffers[0], 60)
+    assert len(buffers[0].storage.obs[:60].unique(dim=0)) == 60  # nothing stored twice, nothing lost
 
 
 def test_sync_and_async_runs_are_the_same_run(buffers, tmp_path):
@@ -690,7 +701,7 @@ def test_evaluation_counts_one_episode_of_each_environment():
     envs.close()
 
 
-def test_non_finite_rewards_stop_the_run(monkeypatch, tmp_path, buffers):
+def test_non_finite_rewards_stop_the_run(monkeypatch, tmp_path, buffers, capsys):
     step = Counter.step
 
     def broken(self, action):
@@ -698,8 +709,9 @@ def test_non_finite_rewards_stop_the_run(monkeypatch, tmp_path, buffers):
         return obs, math.nan if self.t == 4 else reward, *rest
 
     monkeypatch.setattr(Counter, "step", broken)
-    with pytest.raises(SystemExit, match="non-finite reward"):
+    with pytest.raises(SystemExit, match="1"):
         qsm.main(Args(**QUICK, run_dir=tmp_path))
+    assert "non-finite reward" in capsys.readouterr().err
     assert torch.isfinite(buffers[0].storage.rewards[: buffers[0].size]).all()
 
 
@@ -718,9 +730,204 @@ def test_non_finite_rewards_stop_the_run(monkeypatch, tmp_path, buffers):
         {"learning_starts": -5},
     ],
 )
-def test_impossible_values_are_refused(bad):
-    with pytest.raises(SystemExit, match="--" + next(iter(bad)).replace("_", "-")):
+def test_impossible_values_are_refused(bad, capsys):
+    with pytest.raises(SystemExit, match="1"):
         check_args(Args(**bad))
+    assert "--" + next(iter(bad)).replace("_", "-") in capsys.readouterr().err
+
+
+class Crash(Exception):
+    """Stands for a machine that dies right after a checkpoint was written."""
+
+
+def crash_after_checkpoint(monkeypatch):
+    save = qsm.save_checkpoint
+
+    def save_and_crash(*args):
+        save(*args)
+        raise Crash
+
+    monkeypatch.setattr(qsm, "save_checkpoint", save_and_crash)
+
+
+def scalars(run: Path) -> dict[str, list]:
+    """(step, value) of every scalar in the event files, but for the speed."""
+    events = EventAccumulator(str(run))
+    events.Reload()
+    return {
+        name: [(event.step, event.value) for event in events.Scalars(name)]
+        for name in events.Tags()["scalars"]
+        if name != "charts/SPS"
+    }
+
+
+@pytest.mark.parametrize("async_envs", [False, True])
+@pytest.mark.parametrize("env_id", ["Hopper-v4", "Ant-v4", "Humanoid-v4", "Pendulum-v1"])
+def test_resumed_run_is_the_uninterrupted_run(env_id, async_envs, buffers, monkeypatch, tmp_path):
+    """Bit for bit, from the middle of episodes: networks, buffer, CSVs, event file."""
+    changes = {"env_id": env_id, "num_envs": 2, "async_envs": async_envs, "total_timesteps": 160, "log_every": 16}
+    changes |= {"eval_every": 80, "eval_episodes": 1, "checkpoint_every": 90, "utd": 0.5}
+    whole = qsm.main(Args(**QUICK | changes, run_dir=tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        crash_after_checkpoint(patch)
+        with pytest.raises(Crash):
+            qsm.main(Args(**QUICK | changes, run_dir=tmp_path / "resumed"))
+    (resumed,) = (tmp_path / "resumed").iterdir()
+    with (resumed / "episodes.csv").open("a") as file:
+        file.write("92,0,1.0,9\r\n94,1,2.")  # written after the checkpoint, before the crash
+    assert qsm.main(Args(resume=resumed)) == resumed
+
+    assert all(torch.equal(x, y) for x, y in zip(weights(whole), weights(resumed), strict=True))
+    for x, y in zip(buffers[0].storage, buffers[-1].storage, strict=True):
+        assert torch.equal(x[:160], y[:160])
+    for name in ("episodes.csv", "evaluations.csv"):
+        assert (whole / name).read_bytes() == (resumed / name).read_bytes()
+    assert len((whole / "episodes.csv").read_text().splitlines()) > 3 or env_id in ("Ant-v4", "Pendulum-v1")
+    assert scalars(whole) == scalars(resumed)
+
+
+def test_resume_without_the_buffer_fills_a_new_one_first(buffers, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        crash_after_checkpoint(patch)
+        with pytest.raises(Crash):
+            qsm.main(Args(**QUICK, checkpoint_every=30, checkpoint_buffer=False, run_dir=tmp_path))
+    (run,) = tmp_path.iterdir()
+    sizes, real_update = [], qsm.update
+    monkeypatch.setattr(qsm, "update", lambda *args: sizes.append(buffers[-1].size) or real_update(*args))
+    qsm.main(Args(resume=run))
+    assert buffers[-1].size == 60 - 30
+    assert sizes == list(range(20, 30))  # learning_starts = 20 steps without updates, then one each, none made up for
+
+
+def test_resume_without_simulators_starts_new_episodes(buffers, monkeypatch, tmp_path):
+    """A simulator that cannot be pickled: the resumed run is another one, but none of its transitions is wrong."""
+    reset = Counter.reset
+
+    def reset_and_hold_a_lambda(self, **kwargs):
+        self.handle = lambda: None
+        return reset(self, **kwargs)
+
+    monkeypatch.setattr(Counter, "reset", reset_and_hold_a_lambda)
+    with monkeypatch.context() as patch:
+        crash_after_checkpoint(patch)
+        with pytest.raises(Crash):
+            qsm.main(Args(**QUICK, checkpoint_every=31, run_dir=tmp_path))
+    (run,) = tmp_path.iterdir()
+    assert load_checkpoint(run / "checkpoint.zip")["envs"] == (None,)
+    qsm.main(Args(resume=run))
+    check_transitions(buffers[-1], 60)
+
+
+@pytest.fixture
+def checkpointed(tmp_path):
+    return qsm.main(Args(**QUICK, run_dir=tmp_path / "runs"))
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        content[archive.getinfo("buffer/obs").header_offset + 100] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+        flip_a_bit,
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_text("hello"),
+        lambda path: torch.save({"model": torch.zeros(3)}, path),
+        lambda path: path.unlink(),
+    ],
+    ids=["truncated", "flipped", "empty", "text", "foreign", "missing"],
+)
+def test_unusable_checkpoints_get_one_line(damage, checkpointed, capsys):
+    path = checkpointed / "checkpoint.zip"
+    damage(path)
+    content = path.read_bytes() if path.exists() else None
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        qsm.main(Args(resume=checkpointed))
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert content == (path.read_bytes() if path.exists() else None)
+
+
+@pytest.mark.parametrize("changes", [{"hidden_dims": (9,)}, {"env_id": "Pendulum-v1"}, {"num_envs": 2}])
+def test_checkpoint_of_other_networks_or_environments_gets_one_line(changes, checkpointed, monkeypatch, capsys):
+    load = qsm.load_checkpoint
+
+    def load_other(path):
+        saved = load(path)
+        saved["loop"]["args"] |= changes
+        return saved
+
+    monkeypatch.setattr(qsm, "load_checkpoint", load_other)
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        qsm.main(Args(resume=checkpointed))
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_kill_at_any_moment_leaves_a_loadable_checkpoint(checkpointed):
+    """50 times a process that does nothing but write checkpoints is killed at a random moment."""
+    path, envs = checkpointed / "checkpoint.zip", make_envs("Counter-v0", 1)
+    learner, buffer = make_learner(Args(hidden_dims=(8,)), 2, 1, "cpu"), ReplayBuffer(50_000, 2, 1)
+    buffer.size = 50_000
+    for x in buffer.storage:
+        x.zero_()
+    envs.reset(seed=0)
+    arguments = (path, {"n": 1}, learner, buffer, envs, (generator(),), True)
+    save_checkpoint(*arguments)
+    times = np.random.default_rng(0)
+    fork = multiprocessing.get_context("fork")
+    for _ in range(50):
+        process = fork.Process(target=lambda: [save_checkpoint(*arguments) for _ in range(10_000)])
+        process.start()
+        time.sleep(times.uniform(0.005, 0.05))
+        process.kill()
+        process.join()
+        saved = load_checkpoint(path)
+        assert saved["loop"] == {"n": 1}
+        restore_checkpoint(path, saved, learner, buffer, envs, (generator(),))
+    envs.close()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_signals_write_a_checkpoint_and_end_the_run(signum, tmp_path):
+    flags = "--env-id Pendulum-v1 --num-envs 2 --async-envs True --hidden-dims 8 --learning-starts 50 --eval-every 0"
+    command = [sys.executable, str(ROOT / "qsm.py"), *flags.split(), "--run-dir", str(tmp_path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not any(len(path.read_text().splitlines()) > 1 for path in tmp_path.glob("*/episodes.csv")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.2)
+    os.killpg(process.pid, signum)  # as a terminal does: the worker processes get it too
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum, stderr
+    (run,) = tmp_path.iterdir()
+    assert f"--resume {run}" in stderr.splitlines()[-1]
+    global_step, *_ = load_checkpoint(run / "checkpoint.zip")["loop"]["state"]
+    rows = list(csv.DictReader((run / "episodes.csv").open()))
+    assert global_step >= int(rows[-1]["global_step"]) >= 200
+
+
+def test_full_disk_keeps_the_older_checkpoint(checkpointed, monkeypatch):
+    path, envs = checkpointed / "checkpoint.zip", make_envs("Counter-v0", 1)
+    envs.reset(seed=0)
+    content = path.read_bytes()
+    learner, buffer = make_learner(Args(hidden_dims=(8,)), 2, 1, "cpu"), ReplayBuffer(10, 2, 1)
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(path, {}, learner, buffer, envs, (), True)
+    assert path.read_bytes() == content
+    assert not path.with_suffix(".tmp").exists()
+    envs.close()
 
 
 def test_every_argument_is_read():
