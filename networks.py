@@ -27,17 +27,6 @@ def linear(in_dim: int, out_dim: int) -> nn.Linear:
     return layer
 
 
-def mish(x: torch.Tensor) -> torch.Tensor:
-    """x tanh(softplus(x)), as F.mish but 3 times faster on a CPU: with e = exp(x), tanh(log(1 + e)) = n / (n + 2),
-    n = e (e + 2), which takes one exponential and no tanh. On CUDA F.mish is a single kernel already.
-    """
-    if x.is_cuda:
-        return F.mish(x)
-    e = x.clamp(max=20.0).exp()  # beyond 20 the ratio is 1 in float32, and exp would overflow
-    n = e * (e + 2)
-    return x * (n / (n + 2))
-
-
 class ScoreNet(nn.Module):
     """Noise prediction eps_theta(s, a_t, t); the policy's score is -eps_theta / sqrt(1 - alphas_cumprod_t).
 
@@ -86,9 +75,9 @@ class ScoreNet(nn.Module):
 
     def denoise(self, features: torch.Tensor, noisy_actions: torch.Tensor) -> torch.Tensor:
         """eps_theta (B, A) from obs_features + time_features (B, H) and a_t (B, A)."""
-        x = mish(features + F.linear(noisy_actions, self.act_weight))
+        x = F.mish(features + F.linear(noisy_actions, self.act_weight))
         for layer in self.hidden:
-            x = mish(layer(x))
+            x = F.mish(layer(x))
         return self.out(x)
 
     def forward(self, obs: torch.Tensor, noisy_actions: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

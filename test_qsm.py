@@ -24,7 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import qsm
 from buffer import Batch, ReplayBuffer
 from envs import finished_episodes, make_env, make_envs, true_next_obs
-from networks import Critic, ScoreNet, mish
+from networks import Critic, ScoreNet
 from qsm import (
     Args,
     Noise,
@@ -133,11 +133,6 @@ def test_initialisation_is_xavier_uniform_over_the_concatenated_input():
             assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.03)
     assert net.frequencies.shape == (32,)
     assert all(not b.any() for b in [net.first_bias, net.out.bias, critic.first_bias, *critic.biases])
-
-
-def test_mish():
-    x = torch.linspace(-30, 60, 9001)
-    torch.testing.assert_close(mish(x), F.mish(x.double()).float(), rtol=1e-5, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------ schedule, sampler
@@ -953,6 +948,18 @@ def test_command_line_trains_evaluates_and_saves(tmp_path):
     net = ScoreNet(11, 3, saved["args"]["hidden_dims"], saved["args"]["diffusion_steps"])
     net.load_state_dict(saved["score_net"])
     assert list(run.glob("events.out.tfevents.*"))
+
+
+def test_readme_snippet_acts_with_a_saved_policy(tmp_path, monkeypatch):
+    args = Args(hidden_dims=(8, 8))
+    score_net = make_learner(args, 376, 17, "cpu").score_net
+    torch.save({"score_net": score_net.state_dict(), "args": vars(args) | {"run_dir": "runs"}}, tmp_path / "model.pt")
+    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    variables = {}
+    exec(snippet, variables)
+    assert variables["actions"].shape == (1, 17)
+    assert variables["actions"].abs().max() <= 1
 
 
 @pytest.mark.parametrize(
