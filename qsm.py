@@ -296,8 +296,8 @@ def update(learner: Learner, batch: Batch, noise: Noise, schedule: Schedule, arg
     critic_optimizer.zero_grad()
     q_loss.backward()
     critic_optimizer.step()
-    # theta' <- tau theta + (1 - tau) theta'
-    torch._foreach_lerp_(list(critic_target.parameters()), list(critic.parameters()), args.tau)
+    with torch.no_grad():  # theta' <- tau theta + (1 - tau) theta'
+        torch._foreach_lerp_(list(critic_target.parameters()), list(critic.parameters()), args.tau)
 
     eps_loss, new_q_scale, metrics = actor_loss(score_net, critic, batch, noise, schedule, q_scale, args)
     q_scale.copy_(new_q_scale)

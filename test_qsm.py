@@ -350,7 +350,8 @@ def test_update_moves_critics_targets_and_score_as_stated():
         for new, old, online in zip(
             learner.critic_target.parameters(), old_target, learner.critic.parameters(), strict=True
         ):
-            torch.testing.assert_close(new, 0.1 * online + 0.9 * old)
+            torch.testing.assert_close(new, 0.1 * online.detach() + 0.9 * old)
+            assert not new.requires_grad  # or every update would hang its graph on the last one's
         assert all(not torch.equal(p, q) for p, q in zip(learner.score_net.parameters(), old_score, strict=True))
         assert all(not value.requires_grad and math.isfinite(value) for value in metrics.values())
     assert all(not torch.equal(p, q) for p, q in zip(learner.critic_target.parameters(), before, strict=True))
