@@ -102,14 +102,15 @@ def make_envs(env_id: str, num_envs: int, asynchronous: bool | None = None) -> S
 
     Args:
         asynchronous: one worker process per environment, stepping while the caller computes; None: when there
-            are several environments and several cores.
+            are several environments and more cores than that. On 2 cores workers do not pay: 4 HalfCheetah-v4 step
+            0.4 times as fast as in one process, 4 Humanoid-v4 0.9 times.
 
     Raises:
         ValueError: as `make_env`.
     """
     make_env(env_id).close()  # a bad id fails here, in one line, and not inside worker processes
     if asynchronous is None:
-        asynchronous = num_envs > 1 and (os.cpu_count() or 1) > 1
+        asynchronous = 1 < num_envs < (os.cpu_count() or 1)
     # Gymnasium's default, NEXT_STEP, would put one bogus transition per episode into the buffer.
     return (AsyncVectorEnv if asynchronous else SyncEnvs)(
         [lambda: make_env(env_id)] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP

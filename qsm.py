@@ -55,7 +55,7 @@ class Args:
     run_dir: Path = Path("runs")  # where the folder of this run is made: event file, CSVs, final networks
     total_timesteps: int = 1_000_000  # environment steps, counted over all environments
     num_envs: int = 1  # environments stepped together
-    async_envs: bool | None = None  # a worker process for each; None: with several environments and several cores
+    async_envs: bool | None = None  # a worker process for each; None: if there is a core for each, and one more
     eval_every: int = 10_000  # environment steps between evaluations, the first before training; 0: never
     eval_episodes: int = 10  # episodes of an evaluation, one per evaluation environment
     log_every: int = 1_000  # environment steps between scalars in the event file

@@ -40,13 +40,13 @@ def plot(group: Path) -> None:
         for target, seed, run in seeds:
             steps, returns = read(run / "episodes.csv", "return")
             first = seed == min(s for t, s, _ in seeds if t == target)
-            axis.plot(steps, smooth(returns), color=COLORS[target], lw=1.2, label=target if first else None)
+            axis.plot(steps / 1000, smooth(returns), color=COLORS[target], lw=1.2, label=target if first else None)
             evaluation_steps, evaluations = read(run / "evaluations.csv", "return")
             last = evaluations[evaluation_steps == evaluation_steps.max()]
             _, bound = read(run / "scalars.csv", "diffusion/bound_share")
             cells = f"{returns[-10:].mean():.0f}", f"{last.mean():.0f} ± {last.std():.0f}", f"{bound[-10:].mean():.2f}"
-            print(f"| {env_id} | {target} | {seed[4:]} | {steps[-1]:,} | {' | '.join(cells)} |")
-        axis.set(title=env_id, xlabel="environment steps")
+            print(f"| {env_id} | {target} | {seed[4:]} | {evaluation_steps.max():,} | {' | '.join(cells)} |")
+        axis.set(title=env_id, xlabel="environment steps, thousands")
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("return, last 10 episodes")
