@@ -1,6 +1,6 @@
-"""The folder of a run: event file, CSVs, and checkpoints that continue it bit for bit.
+"""The folder of a run: logs and exact resume. Apart from qsm.py because nothing here is part of the algorithm.
 
-A module of its own because nothing in it is part of the algorithm. A checkpoint is one zip archive, uncompressed, with
+A checkpoint is one zip archive, uncompressed, with
 a checksum per member: `run.pkl` (arguments, counters, random states, simulators), `tensors.pt` (networks, optimizers)
 and `buffer/<field>` (the filled rows). `run.pkl` is a Python pickle, which can run code when it is read: resume only
 runs that you made yourself. To pass a policy on to others use model.pt.
