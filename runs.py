@@ -1,9 +1,9 @@
 """The folder of a run: logs and exact resume. Apart from qsm.py because nothing here is part of the algorithm.
 
-A checkpoint is one zip archive, uncompressed, with
-a checksum per member: `run.pkl` (arguments, counters, random states, simulators), `tensors.pt` (networks, optimizers)
-and `buffer/<field>` (the filled rows). `run.pkl` is a Python pickle, which can run code when it is read: resume only
-runs that you made yourself. To pass a policy on to others use model.pt.
+A checkpoint is one zip archive, uncompressed, with a checksum per member: `run.pkl` (arguments, counters, random
+states, simulators), `tensors.pt` (networks, optimizers) and `buffer/<field>` (the filled rows). `run.pkl` is a Python
+pickle, which can run code when it is read: resume only runs that you made yourself. To pass a policy on to others use
+model.pt.
 """
 
 import csv
