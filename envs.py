@@ -3,15 +3,18 @@
 Beside the standard library only gymnasium and numpy are imported, so the file can be copied on its own.
 """
 
-import multiprocessing
+import multiprocessing.connection
 import os
 import pickle
 import signal
+import sys
 import warnings
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from gymnasium.vector.async_vector_env import AsyncState
 
 
 class SyncEnvs(SyncVectorEnv):
@@ -22,6 +25,31 @@ class SyncEnvs(SyncVectorEnv):
 
     def step_wait(self):
         return self.step(self._pending_actions)
+
+
+class AsyncEnvs(AsyncVectorEnv):
+    """AsyncVectorEnv whose `step_wait` raises ChildProcessError, with one line to show, when a worker died."""
+
+    def step_async(self, actions: np.ndarray) -> None:
+        try:
+            super().step_async(actions)
+        except (BrokenPipeError, ConnectionResetError):
+            self._state = AsyncState.WAITING_STEP  # `step_wait` finds the same end of the pipe
+
+    def step_wait(self, timeout: float | None = None):
+        try:
+            return super().step_wait(timeout)
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            dead = multiprocessing.connection.wait([process.sentinel for process in self.processes], timeout=1)
+            codes = {}
+            for i, process in enumerate(self.processes):
+                if process.sentinel in dead:
+                    process.join(timeout=1)
+                    codes[i] = process.exitcode
+            self._state = AsyncState.DEFAULT  # or closing would wait for this step again
+            self.close(terminate=True)
+            message = f"the worker process of environment {next(iter(codes), '?')} died (exit codes {codes})"
+            raise ChildProcessError(message) from None
 
 
 class Snapshot(gym.Wrapper):
@@ -54,11 +82,27 @@ class Snapshot(gym.Wrapper):
             vars(layer).update(state)
 
 
-def make_env(env_id: str) -> gym.Env:
+def record(env_id: str, video: Path) -> gym.Env:
+    """An environment that writes its first episode to `video`; raises ImportError with what to install."""
+    if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")  # else MuJoCo tries to open a window
+    env = gym.make(env_id, render_mode="rgb_array")
+    try:
+        env.reset(seed=0)
+        env.render()
+    except Exception as error:  # each backend fails in its own way
+        raise ImportError(f"it cannot be rendered: {error!r}") from None
+    return gym.wrappers.RecordVideo(env, str(video.parent), lambda n: n == 0, name_prefix=video.name)
+
+
+def make_env(env_id: str, video: Path | None = None) -> gym.Env:
     """One environment: flat float observations, actions rescaled from [-1, 1], episode statistics.
 
     Any Gymnasium id with a Box (or dict of Box) observation and a bounded Box action space; `dm_control/...` ids
     need the package shimmy.
+
+    Args:
+        video: record the first episode as this file, whose name gets "-episode-0.mp4"; needs the package moviepy.
 
     Raises:
         ValueError: with one line to show to a user, when the id is unknown, a package is missing, or the spaces
@@ -73,9 +117,11 @@ def make_env(env_id: str) -> gym.Env:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is out of date")  # v4 is what the published tables use
-            env = gym.make(env_id)
-    except (gym.error.Error, ImportError) as error:
-        raise ValueError(f"cannot make the environment {env_id}: {str(error).splitlines()[0]}") from None
+            warnings.filterwarnings("ignore", message=".*Overwriting existing videos")
+            env = record(env_id, video) if video else gym.make(env_id)
+    except (gym.error.Error, ImportError, AttributeError) as error:  # the last when MUJOCO_GL names a missing library
+        hint = " (MUJOCO_GL=egl needs libegl1, MUJOCO_GL=osmesa needs libosmesa6)" if "MUJOCO_GL" in os.environ else ""
+        raise ValueError(f"cannot make the environment {env_id}: {str(error).splitlines()[0]}{hint}") from None
 
     if not isinstance(env.action_space, gym.spaces.Box):
         raise ValueError(f"{env_id} has the action space {env.action_space}; QSM needs a continuous one (Box)")
@@ -97,13 +143,16 @@ def make_env(env_id: str) -> gym.Env:
     return Snapshot(gym.wrappers.RecordEpisodeStatistics(env))  # the vector form of the latter would hide step_async
 
 
-def make_envs(env_id: str, num_envs: int, asynchronous: bool | None = None) -> SyncEnvs | AsyncVectorEnv:
+def make_envs(
+    env_id: str, num_envs: int, asynchronous: bool | None = None, video: Path | None = None
+) -> SyncEnvs | AsyncEnvs:
     """`num_envs` copies of `env_id`, restarted within the step that ends an episode (SAME_STEP).
 
     Args:
         asynchronous: one worker process per environment, stepping while the caller computes; None: when there
             are several environments and more cores than that. On 2 cores workers do not pay: 4 HalfCheetah-v4 step
             0.4 times as fast as in one process, 4 Humanoid-v4 0.9 times.
+        video: record the first episode of the first environment, see `make_env`.
 
     Raises:
         ValueError: as `make_env`.
@@ -112,9 +161,8 @@ def make_envs(env_id: str, num_envs: int, asynchronous: bool | None = None) -> S
     if asynchronous is None:
         asynchronous = 1 < num_envs < (os.cpu_count() or 1)
     # Gymnasium's default, NEXT_STEP, would put one bogus transition per episode into the buffer.
-    return (AsyncVectorEnv if asynchronous else SyncEnvs)(
-        [lambda: make_env(env_id)] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP
-    )
+    makers = [lambda: make_env(env_id, video)] + [lambda: make_env(env_id)] * (num_envs - 1)
+    return (AsyncEnvs if asynchronous else SyncEnvs)(makers, autoreset_mode=AutoresetMode.SAME_STEP)
 
 
 def true_next_obs(next_obs: np.ndarray, dones: np.ndarray, infos: dict) -> np.ndarray:

@@ -12,6 +12,7 @@ denoising chain. One update (Algorithm 1), on a batch (s, a, r, s'):
 
     python qsm.py --env-id Humanoid-v4
     python qsm.py --env-id HalfCheetah-v4 --num-envs 4 --utd 0.25 --hidden-dims 256 256
+    python qsm.py --evaluate runs/<run> --eval-episodes 20
     python qsm.py --help
 
 Needs beside it networks.py, buffer.py, envs.py and runs.py. "Released" below means the authors' JAX code, github.com/
@@ -21,23 +22,24 @@ its jaxrl5/networks/diffusion.py. Where paper and released code differ, the line
 
 import atexit
 import math
+import os
 import random
-import sys
 import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 import tyro
 from tqdm import tqdm
 
+import runs
 from buffer import Batch, ReplayBuffer
 from envs import finished_episodes, make_envs, true_next_obs
 from networks import Critic, ScoreNet
-from runs import CheckpointError, RunFolder, StopRequest, load_checkpoint, restore_checkpoint, save_checkpoint
+from runs import CheckpointError, RunFolder, StopRequest, stop
 
 PRESETS = {
     "consistent": {"alpha": 10.0, "diffusion_steps": 10, "beta_schedule": "cosine", "normalize_q_grad": True},
@@ -51,17 +53,24 @@ class Args:
     env_id: str = "Humanoid-v4"  # Gymnasium id with bounded actions; dm_control/walker-walk-v0 and its like need shimmy
     seed: int = 1  # of Python, NumPy, torch, the environments and the action space
     device: str = "auto"  # auto (CUDA when there is one), cpu, cuda or cuda:N
+    deterministic: bool = False  # the same bits on every run on CUDA too, slower; a CPU gives them without it
     compile: bool = False  # torch.compile target and losses: faster after a minute of compiling, needs a C++ compiler
-    run_dir: Path = Path("runs")  # where the folder of this run is made: event file, CSVs, final networks
+    run_dir: Path = Path("runs")  # where the folder of this run is made: event file, CSVs, networks, checkpoint
+    track: bool = False  # mirror the event file to Weights & Biases (pip install wandb); no network without it
+    wandb_project: str = "qsm"  # its project
+    wandb_entity: str | None = None  # its user or team
     total_timesteps: int = 1_000_000  # environment steps, counted over all environments
     num_envs: int = 1  # environments stepped together
     async_envs: bool | None = None  # a worker process for each; None: if there is a core for each, and one more
     eval_every: int = 10_000  # environment steps between evaluations, the first before training; 0: never
     eval_episodes: int = 10  # episodes of an evaluation, one per evaluation environment
+    eval_candidates: int = 1  # actions drawn in evaluation, of which the one with the highest min-Q acts (paper: 1)
     log_every: int = 1_000  # environment steps between scalars in the event file
     checkpoint_every: int = 100_000  # environment steps between checkpoints; one is always written at the end
     checkpoint_buffer: bool = True  # without: small checkpoints, but a resumed run starts with an empty buffer
     resume: Path | None = None  # folder of a run: continue it bit for bit, with the arguments it was started with
+    evaluate: Path | None = None  # folder of a run: evaluate its policy, print and log the returns, and exit
+    capture_video: bool = False  # with --evaluate: the first episode as mp4 (pip install moviepy)
 
     # --- reinforcement learning ---
     buffer_size: int = 1_000_000  # transitions kept, on the training device
@@ -273,6 +282,7 @@ class Learner(NamedTuple):
     actor_optimizer: torch.optim.Adam
     critic_optimizer: torch.optim.Adam
     q_scale: torch.Tensor  # (2,), see actor_loss
+    skipped: torch.Tensor  # (), number of optimizer steps left out because their loss was not finite
 
 
 def make_learner(args: Args, obs_dim: int, act_dim: int, device: torch.device | str) -> Learner:
@@ -283,28 +293,38 @@ def make_learner(args: Args, obs_dim: int, act_dim: int, device: torch.device | 
     actor_lr = torch.tensor(args.actor_lr, device=device)  # a tensor, to be changed in place
     actor_optimizer = torch.optim.Adam(score_net.parameters(), lr=actor_lr, fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_lr, fused=True)
-    q_scale = torch.zeros(2, device=device)
-    return Learner(score_net, critic, critic_target.requires_grad_(False), actor_optimizer, critic_optimizer, q_scale)
+    optimizers = actor_optimizer, critic_optimizer
+    zeros = torch.zeros(2, device=device), torch.zeros((), device=device)
+    return Learner(score_net, critic, critic_target.requires_grad_(False), *optimizers, *zeros)
+
+
+def step_if_finite(optimizer: torch.optim.Adam, loss: torch.Tensor, skipped: torch.Tensor) -> None:
+    """One step down the gradient of `loss`; none, counted in `skipped`, where it is NaN or infinite.
+
+    Decided on the device, by the fused kernel, as in torch.amp.GradScaler: the host does not wait.
+    """
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.found_inf = 1 - loss.detach().isfinite().float()
+    optimizer.step()
+    skipped += optimizer.found_inf
 
 
 def update(learner: Learner, batch: Batch, noise: Noise, schedule: Schedule, args: Args) -> dict[str, torch.Tensor]:
     """Algorithm 1 lines 4 to 7, once. No host synchronisation; returns metrics as detached device tensors."""
-    score_net, critic, critic_target, actor_optimizer, critic_optimizer, q_scale = learner
+    score_net, critic, critic_target, actor_optimizer, critic_optimizer, q_scale, skipped = learner
 
     target_q = td_target(score_net, critic_target, batch, noise.next_actions, schedule, args)  # (B,)
     q_loss, q = critic_loss(critic, batch, target_q)
-    critic_optimizer.zero_grad()
-    q_loss.backward()
-    critic_optimizer.step()
+    step_if_finite(critic_optimizer, q_loss, skipped)
     with torch.no_grad():  # theta' <- tau theta + (1 - tau) theta'
         torch._foreach_lerp_(list(critic_target.parameters()), list(critic.parameters()), args.tau)
 
     eps_loss, new_q_scale, metrics = actor_loss(score_net, critic, batch, noise, schedule, q_scale, args)
-    q_scale.copy_(new_q_scale)
-    actor_optimizer.zero_grad()
-    eps_loss.backward()
-    actor_optimizer.step()
+    step_if_finite(actor_optimizer, eps_loss, skipped)
+    q_scale.copy_(torch.where(eps_loss.isfinite(), new_q_scale, q_scale))
     losses = {"critic_loss": q_loss.detach(), "actor_loss": eps_loss.detach(), "q_values": q.mean()}
+    losses["skipped_steps"] = skipped
     return {f"losses/{name}": value for name, value in losses.items()} | metrics
 
 
@@ -319,7 +339,22 @@ def actor_lr_at(num_updates: int, args: Args) -> float:
 # ------------------------------------------------------------------------------------------- evaluation and health
 
 
-def evaluate(score_net: ScoreNet, envs, schedule: Schedule, seed: int) -> list[tuple[float, int]]:
+@torch.no_grad()
+def best_of(score_net: ScoreNet, critic: Critic, obs: torch.Tensor, noise: torch.Tensor, schedule: Schedule):
+    """Of K actions drawn in each of B states the one with the highest min-Q, (B, A); noise is (T + 1, K B, A).
+
+    K = 1 is the paper's policy. Many diffusion-policy results use K > 1: compare like with like.
+    """
+    K = noise.shape[1] // len(obs)
+    obs_K = obs.repeat(K, 1)  # (K B, O)
+    actions = sample_actions(score_net, obs_K, noise, schedule)  # (K B, A)
+    best = critic(obs_K, actions).amin(0).view(K, len(obs)).argmax(0)  # (B,)
+    return actions.view(K, len(obs), -1)[best, torch.arange(len(obs), device=best.device)]
+
+
+def evaluate(
+    score_net: ScoreNet, critic: Critic, envs, schedule: Schedule, seed: int, candidates: int = 1
+) -> list[tuple[float, int]]:
     """(return, length) of one episode in each environment: actions sampled, without action noise (SML:306-320).
 
     Environments and random numbers are its own and start from `seed`: the training run is the same with and
@@ -327,12 +362,12 @@ def evaluate(score_net: ScoreNet, envs, schedule: Schedule, seed: int) -> list[t
     """
     device = schedule.betas.device
     generator = torch.Generator(device).manual_seed(seed)
-    noise_shape = (len(schedule.betas) + 1, envs.num_envs, envs.single_action_space.shape[0])
+    noise_shape = (len(schedule.betas) + 1, candidates * envs.num_envs, envs.single_action_space.shape[0])
     episodes: dict[int, tuple[float, int]] = {}
     obs, _ = envs.reset(seed=seed)
     while len(episodes) < envs.num_envs:
         noise = torch.randn(noise_shape, device=device, generator=generator)
-        actions = sample_actions(score_net, to_tensor(obs, device), noise, schedule)
+        actions = best_of(score_net, critic, to_tensor(obs, device), noise, schedule)
         obs, _, terminations, truncations, infos = envs.step(actions.cpu().numpy())
         for i, episode_return, length in finished_episodes(terminations | truncations, infos):
             episodes.setdefault(i, (episode_return, length))  # one of each: short episodes do not count more often
@@ -356,55 +391,50 @@ def to_tensor(x: np.ndarray, device: torch.device | str) -> torch.Tensor:
     return torch.from_numpy(x.astype(np.float32)).to(device)
 
 
-def stop(message: object, code: int = 1):
-    """End the program with one line on stderr."""
-    print(f"qsm.py: {message}", file=sys.stderr)
-    raise SystemExit(code)
+def args_of(saved: dict) -> Args:
+    """The arguments in a checkpoint or model."""
+    try:
+        return Args(**saved)
+    except TypeError as error:
+        raise CheckpointError(f"saved by another version of qsm.py: {error}") from None
 
 
-def check_args(args: Args) -> None:
-    """Refuse impossible values before anything is built."""
-    ranges = {
-        (1, 10**12): "total_timesteps num_envs eval_episodes log_every buffer_size batch_size diffusion_steps",
-        (0, 10**12): "learning_starts eval_every checkpoint_every actor_lr_decay action_noise alpha",
-        (1e-9, 10**6): "utd actor_lr critic_lr",
-        (1e-9, math.inf): "eps_clip",
-        (0, 1): "gamma tau",
-        (0, 2**32 - 1): "seed",
-    }
-    for (low, high), names in ranges.items():
-        for name in names.split():
-            if not low <= getattr(args, name) <= high:
-                stop(f"--{name.replace('_', '-')} must be in [{low}, {high}], got {getattr(args, name)}")
-    if not args.hidden_dims or min(args.hidden_dims) < 1:
-        stop(f"--hidden-dims must be one or more positive widths, got {args.hidden_dims}")
-    if args.buffer_size < args.num_envs:
-        stop(f"--buffer-size {args.buffer_size} cannot hold one step of --num-envs {args.num_envs}")
+def evaluate_saved(args: Args) -> Path:
+    """--evaluate: print the returns of a saved policy and add them to evaluate.csv in its folder."""
+    model = runs.load_model(args.evaluate / "model.pt")
+    trained, global_step, seed = args_of(model["args"]), model["global_step"], args.seed + 1_000_000
+    video = args.evaluate / "videos" / f"step-{global_step}-seed-{args.seed}" if args.capture_video else None
+    device = runs.get_device(args.device)
+    try:
+        envs = make_envs(trained.env_id, args.eval_episodes, asynchronous=False, video=video)
+        learner = make_learner(trained, *dimensions(envs), device)
+        learner.score_net.load_state_dict(model["score_net"])
+        learner.critic.load_state_dict(model["critic"])
+    except (ValueError, RuntimeError) as error:
+        raise CheckpointError(f"cannot evaluate {args.evaluate}: {runs.one_line(error)}") from None
+    schedule = make_schedule(trained.beta_schedule, trained.diffusion_steps, device)
+    episodes = evaluate(learner.score_net, learner.critic, envs, schedule, seed, args.eval_candidates)
+    envs.close()
+    protocol = {"seed": seed, "candidates": args.eval_candidates, "action_noise": 0}
+    runs.write_evaluation(args.evaluate / "evaluate.csv", trained.env_id, global_step, protocol, episodes)
+    return args.evaluate
 
 
-def get_device(name: str) -> torch.device:
-    """auto, cpu, cuda or cuda:N as a torch.device."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, index = name.partition(":")
-    if name != "cpu" and not (kind == "cuda" and (index or "0").isdecimal()):
-        stop(f"--device must be auto, cpu, cuda or cuda:N, got {name}")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        stop(f"--device {name}: torch finds {torch.cuda.device_count()} CUDA devices on this machine")
-    return torch.device(name)
+def dimensions(envs) -> tuple[int, int]:
+    """Sizes O and A of one observation and one action."""
+    return envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
 
 
-def main(args: Args) -> Path:
-    """Train, and return the folder of the run."""
+def train(args: Args) -> Path:
+    """Train, from the start or from a checkpoint, and return the folder of the run."""
     saved, run_path = None, args.resume
     if run_path:
-        try:
-            saved = load_checkpoint(run_path / "checkpoint.zip")
-            args = Args(**saved["loop"]["args"])
-        except (CheckpointError, KeyError, TypeError) as error:
-            stop(error, code=2)
-    check_args(args)
-    device = get_device(args.device)
+        saved = runs.load_checkpoint(run_path / "checkpoint.zip")
+        args = args_of(saved["loop"]["args"])
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
+    torch.use_deterministic_algorithms(args.deterministic)
+    device = runs.get_device(args.device)
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
@@ -412,7 +442,7 @@ def main(args: Args) -> Path:
     try:  # environments first: worker processes are forked before CUDA starts
         envs = make_envs(args.env_id, args.num_envs, args.async_envs)
         eval_envs = make_envs(args.env_id, args.eval_episodes, asynchronous=False) if args.eval_every else None
-        obs_dim, act_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+        obs_dim, act_dim = dimensions(envs)
         buffer = ReplayBuffer(args.buffer_size, obs_dim, act_dim, device)
     except (ValueError, MemoryError) as error:
         stop(error)
@@ -428,34 +458,27 @@ def main(args: Args) -> Path:
     metrics: dict[str, torch.Tensor] = {}
     last_returns: deque[float] = deque(maxlen=10)
     obs, _ = envs.reset(seed=args.seed)  # env i gets seed + i
-    try:
-        if saved:
-            restored = restore_checkpoint(run_path / "checkpoint.zip", saved, learner, buffer, envs, (rng, log_rng))
-            global_step, num_updates, saved_obs, metrics, last_returns = saved["loop"]["state"]
-            obs = saved_obs if restored else obs  # a simulator that cannot be saved starts a new episode
-        else:
-            run_path = args.run_dir / f"{args.env_id.replace('/', '-')}__qsm__{args.seed}__{int(time.time())}"
-        run = RunFolder(run_path, vars(args), resumed_at=global_step if saved else None)
-    except CheckpointError as error:
-        stop(error, code=2)
-    except OSError as error:
-        stop(f"cannot write to {run_path}: {error.strerror}")
+    if saved:
+        restored = runs.restore_checkpoint(run_path / "checkpoint.zip", saved, learner, buffer, envs, (rng, log_rng))
+        global_step, num_updates, saved_obs, metrics, last_returns = saved["loop"]["state"]
+        obs = saved_obs if restored else obs  # without the simulators' state, new episodes are started
+    else:
+        run_path = args.run_dir / f"{args.env_id.replace('/', '-')}__qsm__{args.seed}__{int(time.time())}"
+    run = RunFolder(run_path, vars(args), resumed_at=global_step if saved else None)
 
-    def checkpoint() -> None:
-        loop = {"args": vars(args), "state": (global_step, num_updates, obs, metrics, last_returns)}
-        try:
-            save_checkpoint(run.checkpoint, loop, learner, buffer, envs, (rng, log_rng), args.checkpoint_buffer)
-        except OSError as error:  # a full disk, say: the older checkpoint is still there, and training goes on
-            progress.write(f"no checkpoint at step {global_step}: {error.strerror}")
+    def save(with_simulators: bool = True) -> None:
+        state = (global_step, num_updates, obs, metrics, last_returns)
+        run.save(global_step, state, learner, buffer, envs, (rng, log_rng), with_simulators)
+
+    def give_up(reason: object) -> NoReturn:
+        save(with_simulators=False)  # those may be what is broken
+        stop(f"{reason}. To go on from step {global_step} with new episodes: --resume {run_path}")
 
     def run_evaluation() -> None:
         # Seeds apart from the training environments' seed .. seed + num_envs - 1.
-        episodes = evaluate(learner.score_net, eval_envs, schedule, args.seed + 1_000_000)
-        run.evaluations.writerows((global_step, i, *episode) for i, episode in enumerate(episodes))
-        returns = np.array([episode_return for episode_return, _ in episodes])
-        run.events.add_scalar("eval/return_mean", returns.mean(), global_step)
-        run.events.add_scalar("eval/return_std", returns.std(), global_step)
-        progress.write(f"step {global_step}: evaluation return {returns.mean():.1f} +- {returns.std():.1f}")
+        policy, candidates = (learner.score_net, learner.critic), args.eval_candidates
+        episodes = evaluate(*policy, eval_envs, schedule, args.seed + 1_000_000, candidates)
+        run.log_evaluation(global_step, candidates, episodes)
 
     if args.compile:  # functions, not modules: parameter names stay as they are. Delete this, and only speed changes.
         for function in (td_target, critic_loss, actor_loss):
@@ -475,7 +498,10 @@ def main(args: Args) -> Path:
         else:
             noise = torch.randn(T + 1, args.num_envs, act_dim, device=device, generator=rng)
             actions = sample_actions(learner.score_net, obs_tensor, noise, schedule, args.action_noise)
-        envs.step_async(actions.cpu().numpy())
+        actions_cpu = actions.cpu().numpy()
+        if not np.isfinite(actions_cpu).all():
+            give_up("the policy's actions are not finite: try a lower --actor-lr or --alpha")
+        envs.step_async(actions_cpu)
 
         # 2. Update while the environments step. Batches lag by one vector step: the transitions under way are not in
         # the buffer yet. The count is exact: floor(utd * environment steps since learning_starts).
@@ -488,34 +514,40 @@ def main(args: Args) -> Path:
             metrics = update(learner, batch, draw_noise(T, args.batch_size, act_dim, rng), schedule, args)
             num_updates += 1
 
-        # 3. Store.
-        next_obs, rewards, terminations, truncations, infos = envs.step_wait()
+        # 3. Store, in float32, if it is finite there: 1e39 is so in float64 only.
+        try:
+            next_obs, rewards, terminations, truncations, infos = envs.step_wait()
+        except ChildProcessError as error:
+            give_up(error)
         dones = terminations | truncations
-        final_obs = true_next_obs(next_obs, dones, infos)
-        if not (np.isfinite(rewards).all() and np.isfinite(final_obs).all()):
-            stop(f"non-finite reward or observation at step {global_step}: the simulator or the networks diverged")
-        stepped = (to_tensor(x, device) for x in (rewards, final_obs, terminations))
-        buffer.add(Batch(obs_tensor, actions, *stepped))
+        with np.errstate(over="ignore"):
+            rewards, next_obs = rewards.astype(np.float32), next_obs.astype(np.float32)
+            final_obs = true_next_obs(next_obs, dones, infos)
+        finite = np.isfinite(np.column_stack([rewards, next_obs, final_obs])).all(1)  # (N,)
+        if not finite.all():
+            give_up(f"environment {finite.argmin()} diverged: its reward or observation is not finite")
+        buffer.add(Batch(obs_tensor, actions, *(to_tensor(x, device) for x in (rewards, final_obs, terminations))))
         obs = next_obs
         global_step += args.num_envs
         progress.update(args.num_envs)
 
         # 4. Log, evaluate, save.
-        for i, episode_return, length in finished_episodes(dones, infos):
-            last_returns.append(episode_return)
-            run.episodes.writerow((global_step, i, episode_return, length))
-            run.events.add_scalar("charts/episodic_return", episode_return, global_step)
-            run.events.add_scalar("charts/episodic_length", length, global_step)
-        if global_step % args.log_every < args.num_envs:
+        for episode in finished_episodes(dones, infos):
+            last_returns.append(episode[1])
+            run.log_episode(global_step, *episode)
+        if global_step % args.log_every < args.num_envs or global_step >= args.total_timesteps:
             if metrics:
                 states = buffer.gather(buffer.sample_indices(64, log_rng)).obs
                 noise = torch.randn(T + 1, 16 * 64, act_dim, device=device, generator=log_rng)
                 metrics |= policy_statistics(learner.score_net, states, noise, schedule)
                 values = torch.stack(list(metrics.values())).tolist()  # the only wait for the device
-                for name, value in zip(metrics, values, strict=True):
-                    run.events.add_scalar(name, value, global_step)
+                run.log_scalars(global_step, dict(zip(metrics, values, strict=True)))
+                if learner.skipped:
+                    skipped = f"{learner.skipped.item():.0f} optimizer steps with a non-finite loss were left out"
+                    learner.skipped.zero_()
+                    give_up(f"{skipped}: try a lower --critic-lr, --actor-lr or --alpha")
             sps = (global_step - log_step) / (time.perf_counter() - log_time)
-            run.events.add_scalar("charts/SPS", sps, global_step)
+            run.log_scalars(global_step, {"charts/SPS": sps})
             mean_return = f"{np.mean(last_returns):.1f}" if last_returns else "-"
             progress.set_postfix_str(f"return {mean_return}, SPS {sps:.0f}", refresh=False)
             log_time, log_step = time.perf_counter(), global_step
@@ -524,12 +556,10 @@ def main(args: Args) -> Path:
             log_time, log_step = time.perf_counter(), global_step  # SPS is the speed of training alone
 
         if args.checkpoint_every and global_step % args.checkpoint_every < args.num_envs:
-            checkpoint()
+            save()
 
-    checkpoint()
+    save()
     stop_request.restore()
-    networks = {"score_net": learner.score_net.state_dict(), "critic": learner.critic.state_dict()}
-    torch.save(networks | {"args": vars(args) | {"run_dir": str(args.run_dir)}}, run_path / "model.pt")
     for closable in (progress, run, envs, eval_envs):
         if closable is not None:
             closable.close()
@@ -537,6 +567,13 @@ def main(args: Args) -> Path:
         stop(f"stopped at step {global_step}; to continue: --resume {run_path}", code=128 + stop_request.signum)
     print(f"saved {run_path / 'model.pt'}")
     return run_path
+
+
+def main(args: Args) -> Path:
+    """Train, resume or evaluate; returns the folder of the run."""
+    runs.check_args(args)
+    with runs.errors_in_one_line():
+        return evaluate_saved(args) if args.evaluate else train(args)
 
 
 if __name__ == "__main__":

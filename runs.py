@@ -1,4 +1,4 @@
-"""The folder of a run: logs and exact resume. Apart from qsm.py because nothing here is part of the algorithm.
+"""What surrounds a run: logs, exact resume, saved policies. Apart from qsm.py because none of it is the algorithm.
 
 A checkpoint is one zip archive, uncompressed, with a checksum per member: `run.pkl` (arguments, counters, random
 states, simulators), `tensors.pt` (networks, optimizers) and `buffer/<field>` (the filled rows). `run.pkl` is a Python
@@ -6,18 +6,24 @@ pickle, which can run code when it is read: resume only runs that you made yours
 model.pt.
 """
 
+import contextlib
 import csv
 import io
+import math
 import os
 import pickle
+import platform
 import random
 import signal
+import sys
 import zipfile
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 from buffer import ReplayBuffer
 
@@ -25,7 +31,82 @@ CHUNK = 1 << 16  # rows of the buffer that are copied at a time: a checkpoint ne
 
 
 class CheckpointError(Exception):
-    """A checkpoint that cannot be used; the text is one line to show to a user."""
+    """A checkpoint or model that cannot be used; the text is one line to show to a user."""
+
+
+def one_line(error: Exception, length: int = 200) -> str:
+    """The start of what an exception says."""
+    return " ".join(str(error).split())[:length]
+
+
+def stop(message: object, code: int = 1) -> NoReturn:
+    """End the program with one line on stderr."""
+    tqdm.write(f"qsm.py: {message}", file=sys.stderr)  # not into a progress bar
+    raise SystemExit(code)
+
+
+def get_device(name: str) -> torch.device:
+    """auto, cpu, cuda or cuda:N as a torch.device."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if name != "cpu" and not (kind == "cuda" and (index or "0").isdecimal()):
+        stop(f"--device must be auto, cpu, cuda or cuda:N, got {name}")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        stop(f"--device {name}: torch finds {torch.cuda.device_count()} CUDA devices on this machine")
+    return torch.device(name)
+
+
+def check_args(args) -> None:
+    """Refuse impossible values before anything is built."""
+    ranges = {
+        (1, 10**12): "total_timesteps num_envs eval_episodes log_every buffer_size batch_size diffusion_steps "
+        "eval_candidates",
+        (0, 10**12): "learning_starts eval_every checkpoint_every actor_lr_decay action_noise alpha",
+        (1e-9, 10**6): "utd actor_lr critic_lr",
+        (1e-9, math.inf): "eps_clip",
+        (0, 1): "gamma tau",
+        (0, 2**32 - 1): "seed",
+    }
+    for (low, high), names in ranges.items():
+        for name in names.split():
+            if not low <= getattr(args, name) <= high:
+                stop(f"--{name.replace('_', '-')} must be in [{low}, {high}], got {getattr(args, name)}")
+    if not args.hidden_dims or min(args.hidden_dims) < 1:
+        stop(f"--hidden-dims must be one or more positive widths, got {args.hidden_dims}")
+    if args.buffer_size < args.num_envs:
+        stop(f"--buffer-size {args.buffer_size} cannot hold one step of --num-envs {args.num_envs}")
+    if args.capture_video and not args.evaluate:
+        stop("--capture-video goes with --evaluate")
+    if args.evaluate and args.resume:
+        stop("--evaluate and --resume exclude each other")
+
+
+@contextlib.contextmanager
+def errors_in_one_line():
+    """What a user can mend ends the program with one line that says how."""
+    try:
+        yield
+    except CheckpointError as error:
+        stop(error, code=2)
+    except torch.OutOfMemoryError as error:
+        advice = "try a lower --batch-size, --hidden-dims or --buffer-size, or --device cpu"
+        stop(f"out of GPU memory, {advice}: {one_line(error)}")
+    except OSError as error:
+        stop(f"cannot write {error.filename or 'to the folder of the run'}: {error.strerror or error}")
+
+
+def start_tracking(path: Path, args: dict) -> None:
+    """Mirror the event file, which must not be open yet, to Weights & Biases."""
+    try:
+        import wandb
+    except ImportError:
+        stop("--track needs: pip install wandb")
+    run = {"project": args["wandb_project"], "entity": args["wandb_entity"], "id": path.name, "config": args}
+    try:
+        wandb.init(**run, resume="allow", sync_tensorboard=True)  # a resumed run goes on under its id
+    except wandb.Error as error:
+        stop(f"--track: {one_line(error)}")
 
 
 class RunFolder:
@@ -33,24 +114,27 @@ class RunFolder:
 
     Args:
         path: the folder; made when the run is new.
-        hyperparameters: shown in TensorBoard.
+        args: of the run, shown in TensorBoard and kept in model.pt.
         resumed_at: drop what was written after this step, since a resumed run writes it again; None: a new run.
 
     Raises:
         OSError: the folder exists already, cannot be made or cannot be written to.
     """
 
-    def __init__(self, path: Path, hyperparameters: dict, resumed_at: int | None = None):
-        self.path, self.checkpoint = path, path / "checkpoint.zip"
+    def __init__(self, path: Path, args: dict, resumed_at: int | None = None):
+        self.path, self.args = path, {k: str(v) if isinstance(v, Path) else v for k, v in args.items()}
+        if args["track"]:
+            start_tracking(path, self.args)
         if resumed_at is None:
             path.mkdir(parents=True)
         self.events = SummaryWriter(path, purge_step=None if resumed_at is None else resumed_at + 1)
         if resumed_at is None:
-            rows = "\n".join(f"|{name}|{value}|" for name, value in hyperparameters.items())
+            rows = "\n".join(f"|{name}|{value}|" for name, value in self.args.items())
             self.events.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
         self.files = []
         self.episodes = self._csv("episodes.csv", ["global_step", "env", "return", "length"], resumed_at)
-        self.evaluations = self._csv("evaluations.csv", ["global_step", "episode", "return", "length"], resumed_at)
+        header = ["global_step", "candidates", "episode", "return", "length"]
+        self.evaluations = self._csv("evaluations.csv", header, resumed_at)
 
     def _csv(self, name: str, header: list[str], resumed_at: int | None):
         rows, path = [], self.path / name
@@ -64,9 +148,54 @@ class RunFolder:
         self.files.append(path.open("a", newline="", buffering=1))  # by line: a killed run keeps what it wrote
         return csv.writer(self.files[-1])
 
+    def log_scalars(self, global_step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.events.add_scalar(name, value, global_step)
+
+    def log_episode(self, global_step: int, env: int, episode_return: float, length: int) -> None:
+        self.episodes.writerow((global_step, env, episode_return, length))
+        self.log_scalars(global_step, {"charts/episodic_return": episode_return, "charts/episodic_length": length})
+
+    def log_evaluation(self, global_step: int, candidates: int, episodes: list[tuple[float, int]]) -> None:
+        """Episodes as (return, length), each drawn with the best of `candidates` actions."""
+        self.evaluations.writerows((global_step, candidates, i, *episode) for i, episode in enumerate(episodes))
+        returns = np.array([episode_return for episode_return, _ in episodes])
+        mean, std = float(returns.mean()), float(returns.std())
+        self.log_scalars(global_step, {"eval/return_mean": mean, "eval/return_std": std})
+        protocol = f"{len(returns)} episodes, best of {candidates}"
+        tqdm.write(f"step {global_step}: evaluation return {mean:.1f} +- {std:.1f} ({protocol})")
+
+    def save(self, global_step: int, state, learner, buffer, envs, generators, with_simulators: bool = True) -> None:
+        """checkpoint.zip (see `save_checkpoint`) and model.pt; where that fails, a line, and the older ones stay."""
+        loop = {"args": self.args, "state": state}
+        model = {"score_net": learner.score_net.state_dict(), "critic": learner.critic.state_dict()}
+        model |= {"args": self.args, "global_step": global_step}
+        what = learner, buffer, envs, generators, self.args["checkpoint_buffer"], with_simulators
+        self.events.flush()  # or a killed run would lack events from before its checkpoint
+        try:
+            save_checkpoint(self.path / "checkpoint.zip", loop, *what)
+            with whole_file(self.path / "model.pt") as file:
+                torch.save(model, file)
+        except (OSError, FloatingPointError) as error:
+            tqdm.write(f"nothing saved at step {global_step}: {error}")
+
     def close(self) -> None:
         for file in (self.events, *self.files):
             file.close()
+
+
+def write_evaluation(path: Path, policy: str, global_step: int, protocol: dict, episodes: list) -> None:
+    """Print and append to the CSV at `path` what --evaluate found: `protocol` is in every row."""
+    described = ", ".join(f"{name} {value}" for name, value in protocol.items())
+    print(f"{policy} after {global_step:,} steps: {len(episodes)} episodes, {described}")
+    for i, (episode_return, length) in enumerate(episodes):
+        print(f"episode {i}: return {episode_return:.2f}, length {length}")
+    returns = np.array([episode_return for episode_return, _ in episodes])
+    print(f"mean {returns.mean():.2f}, standard deviation {returns.std():.2f}")
+    header = [] if path.exists() else [["global_step", *protocol, "episode", "return", "length"]]
+    with path.open("a", newline="") as file:
+        rows = [(global_step, *protocol.values(), i, *episode) for i, episode in enumerate(episodes)]
+        csv.writer(file).writerows(header + rows)
 
 
 class StopRequest:
@@ -105,7 +234,36 @@ def _set_random_states(states: list, envs, generators) -> None:
         generator.set_state(state)
 
 
-def save_checkpoint(path: Path, loop: dict, learner, buffer: ReplayBuffer, envs, generators, with_buffer: bool) -> None:
+@contextlib.contextmanager
+def whole_file(path: Path):
+    """A binary file that appears at `path` complete, on the disk and by a rename, or not at all."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def versions() -> dict[str, str]:
+    """Of everything loaded that the numbers of a run depend on."""
+    loaded = {name: sys.modules[name] for name in ("torch", "numpy", "gymnasium", "mujoco") if name in sys.modules}
+    return {"python": platform.python_version()} | {name: str(x.__version__) for name, x in loaded.items()}
+
+
+def save_checkpoint(
+    path: Path,
+    loop: dict,
+    learner,
+    buffer: ReplayBuffer,
+    envs,
+    generators,
+    with_buffer: bool = True,
+    with_simulators: bool = True,
+) -> None:
     """Write a checkpoint, whole or not at all: to a temporary file, flushed to the disk, then renamed.
 
     Args:
@@ -113,31 +271,45 @@ def save_checkpoint(path: Path, loop: dict, learner, buffer: ReplayBuffer, envs,
         learner: NamedTuple of modules, optimizers and tensors.
         generators: the random generators of the run.
         with_buffer: without the replay buffer the file is small, and a resumed run is not the same run.
+        with_simulators: without their state, a resumed run starts with new episodes.
 
     Raises:
         OSError: no space, no permission; an older checkpoint at `path` is as it was.
+        FloatingPointError: a network has weights that are not finite; likewise.
     """
     parts = learner._asdict().items()
     tensors = {name: part if isinstance(part, torch.Tensor) else part.state_dict() for name, part in parts}
+    for part in learner:
+        if isinstance(part, torch.nn.Module) and not all(p.isfinite().all() for p in part.parameters()):
+            raise FloatingPointError("the networks have non-finite weights")
     rows = (buffer.size, buffer.position) if with_buffer else (0, 0)
-    run = {"loop": loop, "rows": rows, "envs": envs.get_attr("snapshot"), "random": _random_states(envs, generators)}
-    temporary = path.with_suffix(".tmp")
+    simulators = envs.get_attr("snapshot") if with_simulators else (None,) * envs.num_envs
+    run = {"loop": loop, "rows": rows, "envs": simulators, "random": _random_states(envs, generators)}
+    run["versions"] = versions()
+    with whole_file(path) as file, zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("run.pkl", pickle.dumps(run))
+        memory = io.BytesIO()
+        torch.save(tensors, memory)
+        archive.writestr("tensors.pt", memory.getvalue())
+        for name, stored in buffer.storage._asdict().items():
+            with archive.open(f"buffer/{name}", "w", force_zip64=True) as member:
+                for piece in stored[: rows[0]].split(CHUNK):
+                    member.write(piece.cpu().numpy().data)
+
+
+def load_model(path: Path) -> dict:
+    """model.pt, on the CPU. Safe for files of others: only plain data is unpickled.
+
+    Raises:
+        CheckpointError: there is no such file, or it is something else.
+    """
     try:
-        with temporary.open("wb") as file:
-            with zipfile.ZipFile(file, "w") as archive:
-                archive.writestr("run.pkl", pickle.dumps(run))
-                memory = io.BytesIO()
-                torch.save(tensors, memory)
-                archive.writestr("tensors.pt", memory.getvalue())
-                for name, stored in buffer.storage._asdict().items():
-                    with archive.open(f"buffer/{name}", "w", force_zip64=True) as member:
-                        for piece in stored[: rows[0]].split(CHUNK):
-                            member.write(piece.cpu().numpy().data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        model = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: model[name] for name in ("score_net", "critic", "args", "global_step")}
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    except Exception as error:  # torch raises many kinds
+        raise CheckpointError(f"{path} is damaged, or not a model of qsm.py: {type(error).__name__}") from None
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -177,10 +349,12 @@ def restore_checkpoint(path: Path, saved: dict, learner, buffer: ReplayBuffer, e
                         piece.copy_(torch.from_numpy(np.frombuffer(data, np.float32).reshape(piece.shape).copy()))
                     member.read(1)  # nothing is left, but the checksum is compared here
         _set_random_states(saved["random"], envs, generators)
+        if saved["versions"] != versions():
+            print(f"not bit for bit: saved with {saved['versions']}, resumed with {versions()}")
         if None in saved["envs"]:
-            print("the checkpoint holds no simulators, since these cannot be saved: new episodes are started")
+            print("the checkpoint holds no simulators: new episodes are started")
             return False
         envs.set_attr("snapshot", list(saved["envs"]))
         return True
     except (KeyError, ValueError, RuntimeError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{path} is damaged or does not fit: {str(error).splitlines()[0]}") from None
+        raise CheckpointError(f"{path} is damaged or does not fit: {one_line(error)}") from None

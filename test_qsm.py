@@ -1,10 +1,33 @@
-"""Tests of the mathematics against closed forms, and of the loop's accounting. CPU only, no network, about a minute."""
+"""Tests of the mathematics against closed forms, and of the loop's accounting. CPU only, no network, two minutes.
+
+What was broken on purpose, one thing at a time, and what a user then sees. Every line is a test below, but for those
+marked with *, which were tried by hand. "Kept" means that the checkpoint and model on the disk can be resumed from.
+
+| broken | what happens | exit code |
+|---|---|---|
+| NaN, infinite or float32-overflowing reward or observation | not stored; names environment and step; saved first | 1 |
+| NaN in a loss | that step of the optimizer is left out; at the next log line, saved first | 1 |
+| policy with NaN weights | not saved over the last good state, no action taken; kept | 1 |
+| worker process of an environment killed | names the environment; saved first | 1 |
+| process killed (SIGKILL) at 50 random moments | kept, and the resumed run is the uninterrupted one, bit for bit | - |
+| SIGTERM, Ctrl-C, also in the middle of a step | ends its step, saves | 143, 130 |
+| full disk while saving | one line, older files kept, training goes on | - |
+| full disk while logging | kept | 1 |
+| run folder exists, or cannot be written to | one line, nothing touched | 1 |
+| checkpoint or model truncated, one bit flipped, empty, foreign, missing, of other sizes | untouched | 2 |
+| GPU out of memory (simulated) | what to lower; kept | 1 |
+| replay buffer larger than the memory | sizes, what to lower, before training | 1 |
+| unknown or discrete environment, impossible or unknown flag, no such device | one line | 1 |
+| wandb, moviepy, shimmy missing | what to install | 1, 2 |
+| no W&B key *, no OpenGL library for MUJOCO_GL=osmesa, glfw without a screen * | one line | 1, 2 |
+"""
 
 import csv
 import math
 import multiprocessing
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -13,6 +36,7 @@ import time
 import zipfile
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -22,6 +46,7 @@ import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import qsm
+import runs
 from buffer import Batch, ReplayBuffer
 from envs import finished_episodes, make_env, make_envs, true_next_obs
 from networks import Critic, ScoreNet
@@ -30,7 +55,6 @@ from qsm import (
     Noise,
     actor_loss,
     actor_lr_at,
-    check_args,
     critic_loss,
     draw_noise,
     eps_target,
@@ -41,7 +65,7 @@ from qsm import (
     td_target,
     update,
 )
-from runs import load_checkpoint, restore_checkpoint, save_checkpoint
+from runs import load_checkpoint
 
 ROOT = Path(__file__).parent
 OBS, ACT, B = 3, 2, 5  # sizes of observation, action and batch where nothing else is said
@@ -357,6 +381,40 @@ def test_update_moves_critics_targets_and_score_as_stated():
     assert all(not torch.equal(p, q) for p, q in zip(learner.critic_target.parameters(), before, strict=True))
 
 
+def everything_in(learner) -> list[torch.Tensor]:
+    """Copies of weights, optimizer states and gradient scale."""
+    modules = [p for net in learner[:3] for p in net.parameters()]
+    states = [x for optimizer in learner[3:5] for state in optimizer.state.values() for x in state.values()]
+    return [x.detach().clone() for x in [*modules, *states, learner.q_scale]]
+
+
+@pytest.mark.parametrize("score_target", ["released", "consistent"])
+def test_update_with_a_non_finite_loss_changes_nothing(score_target):
+    """A NaN reward spoils the critic's loss and nothing else; a NaN observation spoils both losses."""
+    args = Args(score_target=score_target, hidden_dims=(8, 8), diffusion_steps=3, tau=0.0)
+    learner, schedule = make_learner(args, OBS, ACT, "cpu"), make_schedule("cosine", 3)
+    batch, noise = random_batch(), draw_noise(3, B, ACT, generator())
+    update(learner, batch, noise, schedule, args)
+    bad_rewards = batch._replace(rewards=batch.rewards.index_fill(0, torch.tensor([2]), math.nan))
+    before = everything_in(learner)
+    update(learner, bad_rewards, noise, schedule, args)
+    assert learner.skipped == 1
+    critic = slice(len(list(learner.score_net.parameters())), None)
+    networks = [p for net in learner[:3] for p in net.parameters()]
+    for x, y in zip(networks[critic], before[: len(networks)][critic], strict=True):
+        assert torch.equal(x, y)
+    before = everything_in(learner)
+    for value in (math.nan, math.inf):
+        obs = batch.obs.index_fill(0, torch.tensor([2]), value)
+        metrics = update(learner, batch._replace(obs=obs), noise, schedule, args)
+        assert not math.isfinite(metrics["losses/actor_loss"])
+        assert all(torch.equal(x, y) for x, y in zip(everything_in(learner), before, strict=True))
+    assert learner.skipped == 5
+    update(learner, batch, noise, schedule, args)
+    assert learner.skipped == 5
+    assert not any(torch.equal(x, y) for x, y in zip(networks[:4], before[:4], strict=True))
+
+
 def test_critic_learns_a_known_value():
     """Reward 1 in every state and no termination: Q = 1 / (1 - gamma)."""
     args = Args(hidden_dims=(32, 32), diffusion_steps=2, gamma=0.5, tau=0.1, critic_lr=3e-3)
@@ -521,7 +579,11 @@ class Counter(gym.Env):
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
     action_space = gym.spaces.Box(-0.4, 0.4, (1,), np.float32)
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}  # noqa: RUF012
     episode = None
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -672,43 +734,237 @@ def weights(run: Path) -> list[torch.Tensor]:
 
 
 def test_same_seed_same_run_and_evaluation_disturbs_nothing(tmp_path):
-    runs = {}
+    made = {}
     for name, changes in {
         "first": {},
         "again": {},
         "evaluated": {"eval_every": 10, "eval_episodes": 2, "log_every": 7},
         "seed 2": {"seed": 2},
     }.items():
-        runs[name] = qsm.main(Args(**QUICK | {"env_id": "Pendulum-v1"} | changes, run_dir=tmp_path / name))
+        made[name] = qsm.main(Args(**QUICK | {"env_id": "Pendulum-v1"} | changes, run_dir=tmp_path / name))
     for name, same in {"again": True, "evaluated": True, "seed 2": False}.items():
-        pairs = zip(weights(runs["first"]), weights(runs[name]), strict=True)
+        pairs = zip(weights(made["first"]), weights(made[name]), strict=True)
         assert all(torch.equal(x, y) for x, y in pairs) is same, name
-    rows = list(csv.DictReader((runs["evaluated"] / "evaluations.csv").open()))
+    rows = list(csv.DictReader((made["evaluated"] / "evaluations.csv").open()))
     assert [int(row["global_step"]) for row in rows] == [step for step in range(0, 61, 10) for _ in range(2)]
     assert all(int(row["length"]) == 200 for row in rows)
 
 
 def test_evaluation_counts_one_episode_of_each_environment():
     envs = make_envs("Counter-v0", 3, asynchronous=False)
-    net, schedule = ScoreNet(2, 1, (8,), 5), make_schedule("vp", 5)
-    episodes = qsm.evaluate(net, envs, schedule, seed=7)  # episodes 707, 808, 909
+    policy, schedule = (ScoreNet(2, 1, (8,), 5), Critic(2, 1, (8,))), make_schedule("vp", 5)
+    episodes = qsm.evaluate(*policy, envs, schedule, seed=7)  # episodes 707, 808, 909
     assert episodes == [(15.0, 5), (6.0, 3), (15.0, 5)]
-    assert qsm.evaluate(net, envs, schedule, seed=7) == episodes
+    assert qsm.evaluate(*policy, envs, schedule, seed=7) == episodes
     envs.close()
 
 
-def test_non_finite_rewards_stop_the_run(monkeypatch, tmp_path, buffers, capsys):
-    step = Counter.step
+def test_best_of_candidates_has_the_highest_min_q():
+    torch.manual_seed(0)
+    net, critic, schedule, K = ScoreNet(OBS, ACT, (8,), 3), Critic(OBS, ACT, (8,)), make_schedule("vp", 3), 6
+    obs, noise = random_batch().obs, torch.randn(4, K * B, ACT, generator=generator())
+    best = qsm.best_of(net, critic, obs, noise, schedule)
+    for i in range(B):  # one state at a time, its candidates one by one
+        candidates = torch.cat([sample_actions(net, obs[[i]], noise[:, [k * B + i]], schedule) for k in range(K)])
+        q = critic(obs[[i]].expand(K, -1), candidates).min(0).values
+        torch.testing.assert_close(best[i], candidates[q.argmax()])
+    alone = noise[:, :B]
+    assert torch.equal(qsm.best_of(net, critic, obs, alone, schedule), sample_actions(net, obs, alone, schedule))
+
+
+@pytest.mark.parametrize("candidates", [1, 4])
+def test_evaluation_of_a_saved_policy_is_the_one_of_the_run(candidates, tmp_path, capsys):
+    changes = {"env_id": "Pendulum-v1", "eval_every": 60, "eval_episodes": 3, "eval_candidates": candidates}
+    run = qsm.main(Args(**QUICK | changes, run_dir=tmp_path))
+    rows = [row for row in csv.DictReader((run / "evaluations.csv").open()) if row["global_step"] == "60"]
+    capsys.readouterr()
+    assert qsm.main(Args(evaluate=run, eval_episodes=3, eval_candidates=candidates)) == run
+    logged = list(csv.DictReader((run / "evaluate.csv").open()))
+    assert [row["return"] for row in logged] == [row["return"] for row in rows]
+    assert {row["candidates"] for row in logged + rows} == {str(candidates)}
+    returns = np.array([float(row["return"]) for row in rows])
+    printed = capsys.readouterr().out
+    assert f"3 episodes, seed 1000001, candidates {candidates}, action_noise 0" in printed
+    assert f"mean {returns.mean():.2f}, standard deviation {returns.std():.2f}" in printed
+    qsm.main(Args(evaluate=run, eval_episodes=2))
+    assert len(list(csv.reader((run / "evaluate.csv").open()))) == 1 + 3 + 2
+
+
+def error_line(capsys) -> str:
+    """The one line on stderr, progress bars aside."""
+    (line,) = [line for line in re.split(r"[\r\n]+", capsys.readouterr().err) if line.strip() and "step/s" not in line]
+    return line
+
+
+@pytest.mark.parametrize("package", ["moviepy", "wandb", "shimmy"])
+def test_missing_packages_get_one_line(package, checkpointed, monkeypatch, capsys):
+    changes = {
+        "moviepy": {"evaluate": checkpointed, "capture_video": True},
+        "wandb": QUICK | {"track": True, "run_dir": checkpointed.parent / "tracked"},
+        "shimmy": QUICK | {"env_id": "dm_control/walker-walk-v0"},
+    }
+    monkeypatch.setitem(sys.modules, package, None)  # makes the import fail
+    if package == "moviepy":
+        monkeypatch.setattr(Counter, "render", lambda self: np.zeros((4, 4, 3), np.uint8))
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match=r"1|2"):
+        qsm.main(Args(**changes[package]))
+    assert re.search(r"pip install", error_line(capsys))
+    assert not (checkpointed.parent / "tracked").exists()
+
+
+def test_tracking_mirrors_the_event_file_under_the_name_of_the_run(monkeypatch, tmp_path):
+    calls = []
+    wandb = SimpleNamespace(init=lambda **kwargs: calls.append(kwargs), Error=Exception)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    run = qsm.main(Args(**QUICK, track=True, wandb_project="p", run_dir=tmp_path))
+    qsm.main(Args(resume=run))
+    assert [(call["project"], call["id"], call["resume"], call["sync_tensorboard"]) for call in calls] == [
+        ("p", run.name, "allow", True)
+    ] * 2
+    assert calls[0]["config"]["utd"] == 1.0
+
+
+def test_video_needs_an_opengl_library(checkpointed, monkeypatch, capsys):
+    def no_library(self):
+        raise RuntimeError("no OpenGL")
+
+    monkeypatch.setattr(Counter, "render", no_library)
+    monkeypatch.setenv("MUJOCO_GL", "osmesa")
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        qsm.main(Args(evaluate=checkpointed, capture_video=True))
+    assert "libosmesa6" in error_line(capsys)
+
+
+def test_video_of_the_first_episode(checkpointed, monkeypatch):
+    pytest.importorskip("moviepy", reason="an mp4 needs moviepy, which is optional")
+    monkeypatch.setattr(Counter, "render", lambda self: np.zeros((16, 16, 3), np.uint8))
+    qsm.main(Args(evaluate=checkpointed, eval_episodes=2, capture_video=True))
+    (video,) = (checkpointed / "videos").iterdir()
+    assert video.name == "step-60-seed-1-episode-0.mp4"
+    assert video.stat().st_size > 500
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e39])
+@pytest.mark.parametrize("where", ["reward", "observation", "final observation"])
+def test_non_finite_transitions_stop_the_run(value, where, monkeypatch, tmp_path, buffers, capsys):
+    """Environment 1 of 2 breaks in its 40th step; 1e39 is infinite in float32. The run can be resumed."""
+    step, steps = Counter.step, []
 
     def broken(self, action):
-        obs, reward, *rest = step(self, action)
-        return obs, math.nan if self.t == 4 else reward, *rest
+        obs, reward, terminated, truncated, info = step(self, action)
+        steps.append(self)
+        if len(steps) >= 80 and self is steps[1] and (where != "final observation" or terminated or truncated):
+            obs, reward = (obs, value) if where == "reward" else (obs * value, reward)
+        return obs, reward, terminated, truncated, info
 
-    monkeypatch.setattr(Counter, "step", broken)
+    with monkeypatch.context() as patch:
+        patch.setattr(Counter, "step", broken)
+        with pytest.raises(SystemExit, match="1"):
+            qsm.main(Args(**QUICK | {"total_timesteps": 120}, num_envs=2, run_dir=tmp_path))
+    (run,) = tmp_path.iterdir()
+    stored = buffers[0].size
+    assert re.search(rf"environment 1 diverged.* from step {stored} .*--resume {run}", error_line(capsys))
+    assert stored >= 78
+    check_transitions(buffers[0], stored)
+    qsm.main(Args(resume=run))
+    check_transitions(buffers[1], 120)
+
+
+def test_non_finite_losses_stop_the_run_at_the_next_log(monkeypatch, tmp_path, capsys):
+    real_update, count = qsm.update, []
+
+    def poisoned(learner, batch, *rest):
+        count.append(1)
+        rewards = batch.rewards * math.nan if len(count) == 5 else batch.rewards
+        return real_update(learner, batch._replace(rewards=rewards), *rest)
+
+    monkeypatch.setattr(qsm, "update", poisoned)
     with pytest.raises(SystemExit, match="1"):
         qsm.main(Args(**QUICK, run_dir=tmp_path))
-    assert "non-finite reward" in capsys.readouterr().err
-    assert torch.isfinite(buffers[0].storage.rewards[: buffers[0].size]).all()
+    assert "1 optimizer steps with a non-finite loss were left out" in error_line(capsys)
+    (run,) = tmp_path.iterdir()
+    assert load_checkpoint(run / "checkpoint.zip")["loop"]["state"][0] == 40
+    assert all(x.isfinite().all() for x in weights(run))
+    qsm.main(Args(resume=run))
+
+
+def test_networks_with_nan_are_not_saved_and_do_not_act(monkeypatch, tmp_path, capsys):
+    """A step that spoils the weights although its loss is finite, right after the checkpoint at step 40."""
+    real_update, count = qsm.update, []
+
+    def spoiling(learner, *rest):
+        count.append(1)
+        metrics = real_update(learner, *rest)
+        if len(count) == 25:
+            next(learner.score_net.parameters()).data.fill_(math.nan)
+        return metrics
+
+    monkeypatch.setattr(qsm, "update", spoiling)
+    with pytest.raises(SystemExit, match="1"):
+        qsm.main(Args(**QUICK, checkpoint_every=40, run_dir=tmp_path))
+    assert "actions are not finite" in error_line(capsys)
+    (run,) = tmp_path.iterdir()
+    assert load_checkpoint(run / "checkpoint.zip")["loop"]["state"][0] == 40
+    assert all(x.isfinite().all() for x in weights(run))
+
+
+def test_killed_worker_is_named_and_the_run_saved(monkeypatch, tmp_path, buffers, capsys):
+    real_update, count = qsm.update, []
+
+    def kill(*args):
+        count.append(1)
+        if len(count) == 15:
+            os.kill(multiprocessing.active_children()[-1].pid, signal.SIGKILL)
+        return real_update(*args)
+
+    monkeypatch.setattr(qsm, "update", kill)
+    with pytest.raises(SystemExit, match="1"):
+        qsm.main(Args(**QUICK, num_envs=3, async_envs=True, run_dir=tmp_path))
+    assert re.search(r"worker process of environment \d died \(exit codes \{\d: -9\}\)", error_line(capsys))
+    assert not multiprocessing.active_children()
+    (run,) = tmp_path.iterdir()
+    qsm.main(Args(resume=run))
+    check_transitions(buffers[1], 60)
+
+
+def test_gpu_out_of_memory_gets_one_line(monkeypatch, tmp_path, capsys):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore lines")
+
+    monkeypatch.setattr(qsm, "update", full)
+    with pytest.raises(SystemExit, match="1"):
+        qsm.main(Args(**QUICK, checkpoint_every=20, run_dir=tmp_path))
+    assert re.search("--batch-size.*2 GiB", error_line(capsys))
+    (run,) = tmp_path.iterdir()
+    assert load_checkpoint(run / "checkpoint.zip")
+
+
+def test_run_folder_that_exists_is_left_alone(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("time.time", lambda: 1_790_000_000.5)
+    run = qsm.main(Args(**QUICK, run_dir=tmp_path))
+    content = {path: path.read_bytes() for path in run.iterdir()}
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="1"):
+        qsm.main(Args(**QUICK, run_dir=tmp_path))
+    assert "File exists" in error_line(capsys)
+    assert content == {path: path.read_bytes() for path in run.iterdir()}
+
+
+def test_other_versions_are_told(checkpointed, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "versions", lambda: {"python": "4.0"})
+    qsm.main(Args(resume=checkpointed))
+    assert "not bit for bit" in capsys.readouterr().out
+
+
+def test_deterministic_algorithms_train(tmp_path):
+    """Every kernel of the loop has a deterministic form: torch raises otherwise (also for CUDA's, when run there)."""
+    try:
+        runs_of = [qsm.main(Args(**QUICK, deterministic=d, run_dir=tmp_path / str(d))) for d in (True, False)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(x, y) for x, y in zip(*map(weights, runs_of), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -728,7 +984,7 @@ def test_non_finite_rewards_stop_the_run(monkeypatch, tmp_path, buffers, capsys)
 )
 def test_impossible_values_are_refused(bad, capsys):
     with pytest.raises(SystemExit, match="1"):
-        check_args(Args(**bad))
+        runs.check_args(Args(**bad))
     assert "--" + next(iter(bad)).replace("_", "-") in capsys.readouterr().err
 
 
@@ -737,13 +993,13 @@ class Crash(Exception):
 
 
 def crash_after_checkpoint(monkeypatch):
-    save = qsm.save_checkpoint
+    save = runs.save_checkpoint
 
     def save_and_crash(*args):
         save(*args)
         raise Crash
 
-    monkeypatch.setattr(qsm, "save_checkpoint", save_and_crash)
+    monkeypatch.setattr(runs, "save_checkpoint", save_and_crash)
 
 
 def scalars(run: Path) -> dict[str, list]:
@@ -851,42 +1107,67 @@ def test_unusable_checkpoints_get_one_line(damage, checkpointed, capsys):
 
 @pytest.mark.parametrize("changes", [{"hidden_dims": (9,)}, {"env_id": "Pendulum-v1"}, {"num_envs": 2}])
 def test_checkpoint_of_other_networks_or_environments_gets_one_line(changes, checkpointed, monkeypatch, capsys):
-    load = qsm.load_checkpoint
+    load = runs.load_checkpoint
 
     def load_other(path):
         saved = load(path)
         saved["loop"]["args"] |= changes
         return saved
 
-    monkeypatch.setattr(qsm, "load_checkpoint", load_other)
+    monkeypatch.setattr(runs, "load_checkpoint", load_other)
     capsys.readouterr()
     with pytest.raises(SystemExit, match="2"):
         qsm.main(Args(resume=checkpointed))
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
-def test_kill_at_any_moment_leaves_a_loadable_checkpoint(checkpointed):
-    """50 times a process that does nothing but write checkpoints is killed at a random moment."""
-    path, envs = checkpointed / "checkpoint.zip", make_envs("Counter-v0", 1)
-    learner, buffer = make_learner(Args(hidden_dims=(8,)), 2, 1, "cpu"), ReplayBuffer(50_000, 2, 1)
-    buffer.size = 50_000
-    for x in buffer.storage:
-        x.zero_()
-    envs.reset(seed=0)
-    arguments = (path, {"n": 1}, learner, buffer, envs, (generator(),), True)
-    save_checkpoint(*arguments)
-    times = np.random.default_rng(0)
-    fork = multiprocessing.get_context("fork")
+def train_in_a_process(run: Path) -> None:
+    torch.set_num_threads(1)
+    qsm.main(Args(resume=run))
+
+
+def test_run_killed_at_50_random_moments_is_the_uninterrupted_run(buffers, monkeypatch, tmp_path):
+    """A run that writes a checkpoint in every step is killed by SIGKILL 50 times, and resumed each time."""
+
+    class StopAt:
+        """A StopRequest for when `stop_at` transitions are stored."""
+
+        restore = lambda self: None  # noqa: E731
+        signum = property(lambda self: signal.SIGTERM if buffers[-1].size >= stop_at else 0)
+
+    monkeypatch.setattr(qsm, "StopRequest", StopAt)
+    args = Args(**QUICK | {"env_id": "Pendulum-v1", "total_timesteps": 100_000, "checkpoint_every": 1})
+    args.run_dir, stop_at = tmp_path / "killed", 30
+    with pytest.raises(SystemExit, match="143"):
+        qsm.main(args)
+    (killed,) = args.run_dir.iterdir()
+    moments, processes = np.random.default_rng(0), multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["test_qsm"])  # torch is imported once
+    steps, writing = [30], 0
     for _ in range(50):
-        process = fork.Process(target=lambda: [save_checkpoint(*arguments) for _ in range(10_000)])
+        process = processes.Process(target=train_in_a_process, args=(killed,))
         process.start()
-        time.sleep(times.uniform(0.005, 0.05))
+        before = (killed / "checkpoint.zip").stat().st_mtime_ns
+        while (killed / "checkpoint.zip").stat().st_mtime_ns == before:  # until it wrote its first one
+            assert process.is_alive()
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.1))
         process.kill()
         process.join()
-        saved = load_checkpoint(path)
-        assert saved["loop"] == {"n": 1}
-        restore_checkpoint(path, saved, learner, buffer, envs, (generator(),))
-    envs.close()
+        writing += (killed / "checkpoint.tmp").exists()
+        steps.append(load_checkpoint(killed / "checkpoint.zip")["loop"]["state"][0])
+    assert steps == sorted(set(steps))  # each got further
+    assert writing > 10  # killed in the middle of a checkpoint
+    stop_at = steps[-1] + 5
+    with pytest.raises(SystemExit, match="143"):
+        qsm.main(Args(resume=killed))
+    args.run_dir = tmp_path / "whole"
+    with pytest.raises(SystemExit, match="143"):
+        qsm.main(args)
+    (whole,) = args.run_dir.iterdir()
+    assert all(torch.equal(x, y) for x, y in zip(weights(whole), weights(killed), strict=True))
+    assert (whole / "episodes.csv").read_bytes() == (killed / "episodes.csv").read_bytes()
+    assert scalars(whole) == scalars(killed)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
@@ -909,27 +1190,45 @@ def test_signals_write_a_checkpoint_and_end_the_run(signum, tmp_path):
     assert global_step >= int(rows[-1]["global_step"]) >= 200
 
 
-def test_full_disk_keeps_the_older_checkpoint(checkpointed, monkeypatch):
-    path, envs = checkpointed / "checkpoint.zip", make_envs("Counter-v0", 1)
-    envs.reset(seed=0)
-    content = path.read_bytes()
-    learner, buffer = make_learner(Args(hidden_dims=(8,)), 2, 1, "cpu"), ReplayBuffer(10, 2, 1)
+def test_full_disk_keeps_the_older_checkpoint_and_trains_on(monkeypatch, tmp_path, capsys):
+    """From the first checkpoint on, no file may grow larger than that one; the next ones hold more transitions."""
+    limits, save = resource.getrlimit(resource.RLIMIT_FSIZE), runs.save_checkpoint
 
-    def full(fd):
-        raise OSError(28, "No space left on device")
+    def save_and_limit(path, *args):
+        save(path, *args)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 500, limits[1]))
 
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        save_checkpoint(path, {}, learner, buffer, envs, (), True)
-    assert path.read_bytes() == content
-    assert not path.with_suffix(".tmp").exists()
-    envs.close()
+    monkeypatch.setattr(runs, "save_checkpoint", save_and_limit)
+    try:
+        run = qsm.main(Args(**QUICK | {"env_id": "Ant-v4"}, checkpoint_every=20, run_dir=tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "nothing saved at step 60: [Errno 27] File too large" in capsys.readouterr().out
+    assert load_checkpoint(run / "checkpoint.zip")["loop"]["state"][0] == 20
+    assert not list(run.glob("*.tmp"))
+
+
+def test_full_disk_while_logging_stops_with_one_line(monkeypatch, tmp_path, capsys):
+    real = runs.RunFolder.log_episode
+
+    def full(self, global_step, *episode):
+        if global_step > 40:
+            raise OSError(28, "No space left on device")
+        real(self, global_step, *episode)
+
+    monkeypatch.setattr(runs.RunFolder, "log_episode", full)
+    with pytest.raises(SystemExit, match="1"):
+        qsm.main(Args(**QUICK, checkpoint_every=20, run_dir=tmp_path))
+    assert "No space left on device" in error_line(capsys)
+    (run,) = tmp_path.iterdir()
+    assert load_checkpoint(run / "checkpoint.zip")["loop"]["state"][0] == 40
 
 
 def test_every_argument_is_read():
-    source = (ROOT / "qsm.py").read_text()
+    source = "".join((ROOT / name).read_text() for name in ("qsm.py", "runs.py"))
     for field in fields(Args):
-        assert re.search(rf"\bargs\.{field.name}\b", source), f"{field.name} is declared and never read"
+        read = rf"""\bargs(\.|\["){field.name}\b"""
+        assert re.search(read, source), f"{field.name} is declared and never read"
 
 
 def command_line(*flags: str) -> subprocess.CompletedProcess:
