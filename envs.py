@@ -57,7 +57,7 @@ class Snapshot(gym.Wrapper):
 
     The attributes of every layer: the simulator (pickled MjData; MuJoCo's own mj_setState would lose what the next
     reward is computed from), the time limit's count, the running return, the random state. Without what is the same in
-    every copy. None where a simulator cannot be pickled (dm_control).
+    every copy. None where a simulator cannot be pickled.
     """
 
     SHARED = ("env", "func", "model", "mujoco_renderer", "spec", "action_space", "observation_space")
