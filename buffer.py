@@ -73,4 +73,4 @@ class ReplayBuffer:
 
     def gather(self, indices: torch.Tensor) -> Batch:
         """The transitions at these rows, (B,) -> Batch."""
-        return Batch(*(stored[indices] for stored in self.storage))
+        return Batch(*(stored.index_select(0, indices) for stored in self.storage))  # faster than stored[indices]

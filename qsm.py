@@ -24,6 +24,7 @@ import atexit
 import math
 import os
 import random
+import shutil
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -54,7 +55,9 @@ class Args:
     seed: int = 1  # of Python, NumPy, torch, the environments and the action space
     device: str = "auto"  # auto (CUDA when there is one), cpu, cuda or cuda:N
     deterministic: bool = False  # the same bits on every run on CUDA too, slower; a CPU gives them without it
-    compile: bool = False  # torch.compile target and losses: faster after a minute of compiling, needs a C++ compiler
+    # torch.compile the gradients; None: if there is a C++ compiler and there are more than 20,000 updates to make
+    compile: bool | None = None
+    cuda_graph: bool | None = None  # replay the update as one CUDA graph; None: on CUDA
     run_dir: Path = Path("runs")  # where the folder of this run is made: event file, CSVs, networks, checkpoint
     track: bool = False  # mirror the event file to Weights & Biases (pip install wandb); no network without it
     wandb_project: str = "qsm"  # its project
@@ -290,42 +293,129 @@ def make_learner(args: Args, obs_dim: int, act_dim: int, device: torch.device | 
     score_net = ScoreNet(obs_dim, act_dim, args.hidden_dims, args.diffusion_steps).to(device)
     critic, critic_target = (Critic(obs_dim, act_dim, args.hidden_dims).to(device) for _ in range(2))
     critic_target.load_state_dict(critic.state_dict())
-    actor_lr = torch.tensor(args.actor_lr, device=device)  # a tensor, to be changed in place
-    actor_optimizer = torch.optim.Adam(score_net.parameters(), lr=actor_lr, fused=True)
-    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_lr, fused=True)
-    optimizers = actor_optimizer, critic_optimizer
+    optimizers = []
+    for net, lr in ((score_net, args.actor_lr), (critic, args.critic_lr)):
+        lr = torch.tensor(lr, device=device)  # a tensor, to be changed in place
+        optimizers.append(torch.optim.Adam(net.parameters(), lr=lr, fused=True, capturable=lr.is_cuda))
+        # A step that is left out makes Adam's state: a CUDA graph must find it there.
+        step_if_finite(optimizers[-1], [torch.zeros_like(p) for p in net.parameters()], lr * math.nan)
     zeros = torch.zeros(2, device=device), torch.zeros((), device=device)
     return Learner(score_net, critic, critic_target.requires_grad_(False), *optimizers, *zeros)
 
 
-def step_if_finite(optimizer: torch.optim.Adam, loss: torch.Tensor, skipped: torch.Tensor) -> None:
-    """One step down the gradient of `loss`; none, counted in `skipped`, where it is NaN or infinite.
+def critic_gradients(
+    score_net: ScoreNet,
+    critic: Critic,
+    critic_target: Critic,
+    batch: Batch,
+    noise: torch.Tensor,
+    schedule: Schedule,
+    args: Args,
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor]:
+    """Gradients of critic_loss to the critic's parameters, the loss, and the mean of Q."""
+    target_q = td_target(score_net, critic_target, batch, noise, schedule, args)  # (B,)
+    loss, q = critic_loss(critic, batch, target_q)
+    return torch.autograd.grad(loss, list(critic.parameters())), loss.detach(), q.mean()
+
+
+def actor_gradients(
+    score_net: ScoreNet,
+    critic: Critic,
+    batch: Batch,
+    noise: Noise,
+    schedule: Schedule,
+    q_scale: torch.Tensor,
+    args: Args,
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Gradients of actor_loss to the score network's parameters, the loss, the new q_scale, metrics."""
+    loss, q_scale, metrics = actor_loss(score_net, critic, batch, noise, schedule, q_scale, args)
+    return torch.autograd.grad(loss, list(score_net.parameters())), loss.detach(), q_scale, metrics
+
+
+def step_if_finite(optimizer: torch.optim.Adam, grads: tuple[torch.Tensor, ...], loss: torch.Tensor) -> torch.Tensor:
+    """A step of Adam, left out where the loss is NaN or infinite; returns 1.0 there, else 0.0.
 
     Decided on the device, by the fused kernel, as in torch.amp.GradScaler: the host does not wait.
     """
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.found_inf = 1 - loss.detach().isfinite().float()
+    for parameter, grad in zip(optimizer.param_groups[0]["params"], grads, strict=True):
+        parameter.grad = grad
+    optimizer.found_inf = 1 - loss.isfinite().float()
     optimizer.step()
-    skipped += optimizer.found_inf
+    return optimizer.found_inf
 
 
 def update(learner: Learner, batch: Batch, noise: Noise, schedule: Schedule, args: Args) -> dict[str, torch.Tensor]:
     """Algorithm 1 lines 4 to 7, once. No host synchronisation; returns metrics as detached device tensors."""
     score_net, critic, critic_target, actor_optimizer, critic_optimizer, q_scale, skipped = learner
 
-    target_q = td_target(score_net, critic_target, batch, noise.next_actions, schedule, args)  # (B,)
-    q_loss, q = critic_loss(critic, batch, target_q)
-    step_if_finite(critic_optimizer, q_loss, skipped)
+    grads, q_loss, q = critic_gradients(score_net, critic, critic_target, batch, noise.next_actions, schedule, args)
+    skipped += step_if_finite(critic_optimizer, grads, q_loss)
     with torch.no_grad():  # theta' <- tau theta + (1 - tau) theta'
         torch._foreach_lerp_(list(critic_target.parameters()), list(critic.parameters()), args.tau)
 
-    eps_loss, new_q_scale, metrics = actor_loss(score_net, critic, batch, noise, schedule, q_scale, args)
-    step_if_finite(actor_optimizer, eps_loss, skipped)
+    grads, eps_loss, new_q_scale, metrics = actor_gradients(score_net, critic, batch, noise, schedule, q_scale, args)
+    skipped += step_if_finite(actor_optimizer, grads, eps_loss)
     q_scale.copy_(torch.where(eps_loss.isfinite(), new_q_scale, q_scale))
-    losses = {"critic_loss": q_loss.detach(), "actor_loss": eps_loss.detach(), "q_values": q.mean()}
-    losses["skipped_steps"] = skipped
+    losses = {"critic_loss": q_loss, "actor_loss": eps_loss, "q_values": q, "skipped_steps": skipped}
     return {f"losses/{name}": value for name, value in losses.items()} | metrics
+
+
+def compile_gradients() -> None:
+    """Replace the two gradient functions by compiled ones. Functions, not modules: parameter names stay as they are."""
+    whole = hasattr(torch._dynamo.config, "trace_autograd_ops")  # before, torch.autograd.grad breaks the graph
+    if whole:
+        torch._dynamo.config.trace_autograd_ops = True
+    # What a guard would check in every call, never changes in a run.
+    options = {"guard_filter_fn": lambda guards: [False] * len(guards)} if whole else None
+    for function in (critic_gradients, actor_gradients):
+        globals()[function.__name__] = torch.compile(function, fullgraph=whole, options=options)
+
+
+def use_fast_matmul() -> None:
+    """On a CPU "medium" selects oneDNN's float32 kernels in place of MKL's, which are slow on AMD; keep it if exact.
+
+    On a CPU with AMX it would round to bfloat16. On CUDA it would too: not to be called there.
+    """
+    torch.set_float32_matmul_precision("medium")
+    x = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
+    if (x[0] @ x[1] - x[0].double() @ x[1].double()).abs().max() > 1e-3:  # float32: 1e-5, bfloat16: 0.1
+        torch.set_float32_matmul_precision("highest")
+
+
+def capture_update(learner: Learner, obs_dim: int, act_dim: int, schedule: Schedule, args: Args):
+    """`update` as one CUDA graph, launched at once: same arguments, same results, same `learner` in every call.
+
+    Batch and noise are copied into the tensors that the graph was captured with, so that noise is fresh on every
+    replay. The metrics are the graph's own and change with the next call.
+    """
+    device, T = schedule.betas.device, args.diffusion_steps
+    zeros = [
+        torch.zeros(args.batch_size, *shape, device=device) for shape in ((obs_dim,), (act_dim,), (), (obs_dim,), ())
+    ]
+    batch, noise = Batch(*zeros), draw_noise(T, args.batch_size, act_dim, torch.Generator(device))
+    optimizers = learner.actor_optimizer, learner.critic_optimizer
+    states = [x for optimizer in optimizers for state in optimizer.state.values() for x in state.values()]
+    changed = [*(p.data for net in learner[:3] for p in net.parameters()), *states, learner.q_scale, learner.skipped]
+    before = [x.clone() for x in changed]
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):  # compiles, and makes what is made on first use
+        for _ in range(3):
+            update(learner, batch, noise, schedule, args)
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        metrics = update(learner, batch, noise, schedule, args)
+    for x, value in zip(changed, before, strict=True):
+        x.copy_(value)
+
+    def replay(learner: Learner, new_batch: Batch, new_noise: Noise, schedule: Schedule, args: Args):
+        for x, value in zip((*batch, *noise), (*new_batch, *new_noise), strict=True):
+            x.copy_(value)
+        graph.replay()
+        return dict(metrics)
+
+    return replay
 
 
 def actor_lr_at(num_updates: int, args: Args) -> float:
@@ -435,6 +525,10 @@ def train(args: Args) -> Path:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
     torch.use_deterministic_algorithms(args.deterministic)
     device = runs.get_device(args.device)
+    if args.compile is None:
+        args.compile = args.utd * args.total_timesteps > 20_000 and (device.type == "cuda" or bool(shutil.which("g++")))
+    if args.cuda_graph is None:
+        args.cuda_graph = device.type == "cuda"
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
@@ -480,9 +574,12 @@ def train(args: Args) -> Path:
         episodes = evaluate(*policy, eval_envs, schedule, args.seed + 1_000_000, candidates)
         run.log_evaluation(global_step, candidates, episodes)
 
-    if args.compile:  # functions, not modules: parameter names stay as they are. Delete this, and only speed changes.
-        for function in (td_target, critic_loss, actor_loss):
-            globals()[function.__name__] = torch.compile(function, fullgraph=True)
+    # Delete these lines, and only speed changes.
+    if args.compile:
+        compile_gradients()
+    if device.type == "cpu":
+        use_fast_matmul()
+    update_once = capture_update(learner, obs_dim, act_dim, schedule, args) if args.cuda_graph else update
 
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True, mininterval=1.0)
     stop_request = StopRequest()
@@ -511,7 +608,7 @@ def train(args: Args) -> Path:
         while num_updates < updates_due:
             learner.actor_optimizer.param_groups[0]["lr"].fill_(actor_lr_at(num_updates, args))
             batch = buffer.gather(buffer.sample_indices(args.batch_size, rng))
-            metrics = update(learner, batch, draw_noise(T, args.batch_size, act_dim, rng), schedule, args)
+            metrics = update_once(learner, batch, draw_noise(T, args.batch_size, act_dim, rng), schedule, args)
             num_updates += 1
 
         # 3. Store, in float32, if it is finite there: 1e39 is so in float64 only.

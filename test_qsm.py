@@ -45,6 +45,7 @@ import torch
 import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import networks
 import qsm
 import runs
 from buffer import Batch, ReplayBuffer
@@ -124,7 +125,7 @@ def test_score_net_equals_the_concatenated_network():
 
     angles = 2 * math.pi * t[:, None].double() * net.frequencies
     embedding = torch.cat([angles.cos(), angles.sin()], -1)
-    embedding = net.time_mlp[2](F.mish(net.time_mlp[0](embedding)))
+    embedding = net.time_mlp[1](F.mish(net.time_mlp[0](embedding)))
     weight = torch.cat([net.act_weight, net.obs_weight, net.time_weight], 1)
     x = F.mish(F.linear(torch.cat([actions, obs, embedding], 1), weight, net.first_bias))
     expected = net.out(F.mish(net.hidden[0](x)))
@@ -426,20 +427,73 @@ def test_critic_learns_a_known_value():
     assert (learner.critic(batch.obs, batch.actions) - 2).abs().mean() < 0.05
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ on the CPU")
-def test_compiled_functions_agree_with_eager():
-    args = Args(hidden_dims=(16, 16), diffusion_steps=3)
-    torch.manual_seed(0)
-    learner, schedule = make_learner(args, OBS, ACT, "cpu"), make_schedule("cosine", 3)
-    batch, noise = random_batch(), draw_noise(3, B, ACT, generator())
+@pytest.fixture
+def compiled(monkeypatch):
+    """`update` with compiled gradients."""
+    if not shutil.which("g++"):
+        pytest.skip("torch.compile needs g++ on the CPU")
+    for name in ("critic_gradients", "actor_gradients"):
+        monkeypatch.setattr(qsm, name, getattr(qsm, name))  # to be undone
+    qsm.compile_gradients()
+    yield
+    torch.compiler.reset()
 
-    def run(td, actor):
-        y = td(learner.score_net, learner.critic_target, batch, noise.next_actions, schedule, args)
-        loss = actor(learner.score_net, learner.critic, batch, noise, schedule, torch.zeros(2), args)[0]
-        return y, loss, *torch.autograd.grad(loss, list(learner.score_net.parameters()))
 
-    compiled = run(torch.compile(td_target, fullgraph=True), torch.compile(actor_loss, fullgraph=True))
-    for x, y in zip(compiled, run(td_target, actor_loss), strict=True):
+def test_compiled_updates_agree_with_eager(compiled, monkeypatch):
+    args, schedule = Args(hidden_dims=(16, 16), diffusion_steps=3), make_schedule("cosine", 3)
+    results = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        learner = make_learner(args, OBS, ACT, "cpu")
+        for seed in range(3):
+            metrics = update(learner, random_batch(16, seed), draw_noise(3, 16, ACT, generator(seed)), schedule, args)
+        results.append([*everything_in(learner), *metrics.values()])
+        monkeypatch.undo()  # the second time eager
+    assert qsm.critic_gradients.__module__ == "qsm"
+    assert not hasattr(qsm.critic_gradients, "_torchdynamo_orig_callable")
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_mish_is_mish(monkeypatch):
+    """The form that torch.compile gets, and its derivative, against float64: over all of float32's range."""
+    x = torch.cat([torch.linspace(-100, 100, 20_001), torch.tensor([-3e38, -1e4, 1e4, 3e38])]).requires_grad_()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    y = networks.mish(x)
+    (dy,) = torch.autograd.grad(y.sum(), x)
+    x64 = x.detach().double().requires_grad_()
+    exact = F.mish(x64)
+    (exact_dy,) = torch.autograd.grad(exact.sum(), x64)
+    torch.testing.assert_close(y.double(), exact, rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(dy.double(), exact_dy, rtol=1e-5, atol=1e-6)
+
+
+def test_fast_matmul_is_float32():
+    precision = torch.get_float32_matmul_precision()
+    try:
+        qsm.use_fast_matmul()
+        x, y = torch.randn(2, 200, 200, generator=generator())
+        torch.testing.assert_close((x @ y).double(), x.double() @ y.double(), rtol=1e-4, atol=1e-4)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_captured_updates_agree_with_eager_and_draw_fresh_noise():
+    args, schedule = Args(hidden_dims=(16, 16), batch_size=16, diffusion_steps=3), make_schedule("cosine", 3, "cuda")
+    results = []
+    for captured in (False, True):
+        torch.manual_seed(0)
+        learner = make_learner(args, OBS, ACT, "cuda")
+        step = qsm.capture_update(learner, OBS, ACT, schedule, args) if captured else update
+        rng, losses = torch.Generator("cuda").manual_seed(0), []
+        batch = Batch(*(x.cuda() for x in random_batch(16)))
+        for _ in range(4):
+            metrics = step(learner, batch, draw_noise(3, 16, ACT, rng), schedule, args)
+            losses.append(metrics["losses/actor_loss"].item())
+        assert len(set(losses)) == 4  # the same batch, and another noise
+        results.append([*everything_in(learner), *(value.clone() for value in metrics.values())])
+    for x, y in zip(*results, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
 

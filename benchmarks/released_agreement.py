@@ -56,7 +56,7 @@ def copy_weights(released, ours: Learner) -> None:
     with torch.no_grad():
         net.frequencies.copy_(torch.tensor(np.array(params["FourierFeatures_0"]["kernel"]))[:, 0])
         dense(net.time_mlp[0], time_mlp, 0)
-        dense(net.time_mlp[2], time_mlp, 1)
+        dense(net.time_mlp[1], time_mlp, 1)
         first = torch.tensor(np.array(mlp["Dense_0"]["kernel"])).T.split([ACT, OBS, 128], dim=1)
         for weight, piece in zip((net.act_weight, net.obs_weight, net.time_weight), first, strict=True):
             weight.copy_(piece)
