@@ -362,13 +362,12 @@ def update(learner: Learner, batch: Batch, noise: Noise, schedule: Schedule, arg
 
 def compile_gradients() -> None:
     """Replace the two gradient functions by compiled ones. Functions, not modules: parameter names stay as they are."""
-    whole = hasattr(torch._dynamo.config, "trace_autograd_ops")  # before, torch.autograd.grad breaks the graph
+    whole = hasattr(torch._dynamo.config, "trace_autograd_ops")  # without, torch.autograd.grad breaks the graph
     if whole:
         torch._dynamo.config.trace_autograd_ops = True
-    # What a guard would check in every call, never changes in a run.
-    options = {"guard_filter_fn": lambda guards: [False] * len(guards)} if whole else None
-    for function in (critic_gradients, actor_gradients):
-        globals()[function.__name__] = torch.compile(function, fullgraph=whole, options=options)
+    for name in ("critic_gradients", "actor_gradients"):
+        if not hasattr(globals()[name], "_torchdynamo_orig_callable"):  # compiled by an earlier run in this process
+            globals()[name] = torch.compile(globals()[name], fullgraph=whole)
 
 
 def use_fast_matmul() -> None:

@@ -1,0 +1,265 @@
+"""How fast is it? Every comparison interleaves both sides in one process (A B A B ...) and prints medians and ratios.
+
+    python benchmarks/speed.py                                  # all parts below, on CUDA when there is one
+    python benchmarks/speed.py update --released /tmp/released   # beside the authors' JAX learner, jitted, float32
+    python benchmarks/speed.py update scaling loop envs startup
+
+update:  one gradient update (critics and actor) at four sizes; eager, compiled and, on CUDA, as a CUDA graph
+scaling: time per update against batch size, width of the networks and denoising steps
+loop:    wall time of training on Humanoid-v4 at one update per step, against updates alone and stepping alone
+envs:    environment steps per second against the number of environments, in one process and with workers
+startup: seconds from imports to the first step, and memory of the replay buffer against its arithmetic size
+
+For --released: git clone https://github.com/Alescontrela/score_matching_rl /tmp/released (2e77893), and
+pip install jax==0.10.2 flax optax (on a GPU jax[cuda12]). On a CPU let nothing else run: the machine is the measure.
+With --csv FILE the numbers are also written there; with matplotlib installed, scaling draws FILE.png.
+"""
+
+import argparse
+import csv
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import psutil
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import qsm
+from buffer import ReplayBuffer
+from envs import make_envs
+
+SIZES = ((376, 17, 256), (376, 17, 512), (17, 6, 256), (17, 6, 512))  # O, A, width
+rows: list[dict] = []
+
+
+def record(part: str, setting: str, variant: str, value: float, unit: str = "ms") -> float:
+    rows.append({"part": part, "setting": setting, "variant": variant, "value": f"{value:.4g}", "unit": unit})
+    return value
+
+
+def interleaved(functions: dict, seconds: float = 6.0, rounds: int = 400) -> dict[str, float]:
+    """Median milliseconds of each function, called in turns."""
+    times = {name: [] for name in functions}
+    for _ in range(5):  # compiles and warms up
+        for function in functions.values():
+            function()
+    end = time.perf_counter() + seconds * len(functions)
+    while time.perf_counter() < end and len(next(iter(times.values()))) < rounds:
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def our_update(mode: str, obs_dim: int, act_dim: int, width: int, device: torch.device, batch_size=256, **flags):
+    """A function that draws a batch and updates once; `mode` is eager, compiled, graph or compiled graph."""
+    args = qsm.Args(hidden_dims=(width, width), batch_size=batch_size, **flags)
+    learner = qsm.make_learner(args, obs_dim, act_dim, device)
+    schedule = qsm.make_schedule(args.beta_schedule, args.diffusion_steps, device)
+    rng, buffer = torch.Generator(device), ReplayBuffer(100_000, obs_dim, act_dim, device)
+    for stored in buffer.storage:
+        stored.normal_()
+    buffer.size = buffer.capacity
+    names = ("critic_gradients", "actor_gradients")
+    eager = {name: getattr(qsm, name) for name in names}
+    if "compiled" in mode:
+        torch.compiler.reset()
+        qsm.compile_gradients()
+    gradients = {name: getattr(qsm, name) for name in names}
+    step = qsm.capture_update(learner, obs_dim, act_dim, schedule, args) if "graph" in mode else qsm.update
+    vars(qsm).update(eager)
+
+    def function() -> None:
+        vars(qsm).update(gradients)
+        batch = buffer.gather(buffer.sample_indices(batch_size, rng))
+        step(learner, batch, qsm.draw_noise(args.diffusion_steps, batch_size, act_dim, rng), schedule, args)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        vars(qsm).update(eager)
+
+    return function
+
+
+def released_update(clone: Path, obs_dim: int, act_dim: int, width: int):
+    """The released learner's own jitted update on a batch that is on its device already."""
+    import jax
+    from released_agreement import load_released
+
+    spaces = [SimpleNamespace(shape=(n,), sample=lambda n=n: np.zeros(n, np.float32)) for n in (obs_dim, act_dim)]
+    widths = {"critic_hidden_dims": (width, width), "actor_hidden_dims": (width, width)}
+    state = [load_released(clone).create(0, *spaces, M_q=50.0, **widths)]
+    rng = np.random.default_rng(0)
+    shapes = {"observations": obs_dim, "next_observations": obs_dim, "actions": act_dim}
+    batch = {name: rng.uniform(-1, 1, (256, n)) for name, n in shapes.items()}
+    batch |= {"rewards": rng.uniform(-1, 1, 256), "masks": np.ones(256)}
+    batch = {name: jax.device_put(x.astype(np.float32)) for name, x in batch.items()}
+
+    def function() -> None:
+        state[0], info = state[0].update(batch)
+        jax.block_until_ready((state[0].critic_1.params, state[0].score_model.params, info))
+
+    return function
+
+
+def part_update(device: torch.device, clone: Path | None) -> None:
+    print(
+        "\n| O, A, width | "
+        + ("released, ms | " if clone else "")
+        + "variant: ms"
+        + (" (of released)" if clone else "")
+    )
+    modes = ("eager", "compiled") + (("graph", "compiled graph") if device.type == "cuda" else ())
+    for size in SIZES:
+        functions = {"released": released_update(clone, *size)} if clone else {}
+        for mode in modes:
+            functions[mode] = our_update(mode, *size, device, score_target="released")
+        ms = interleaved(functions)
+        for name, value in ms.items():
+            record("update", "{} {} {}".format(*size), name, value)
+        base = ms.get("released", ms["eager"])
+        cells = [f"{name} {value:.2f} ({value / base:.2f})" for name, value in ms.items() if name != "released"]
+        print(f"| {size} | " + (f"{ms['released']:.2f} | " if clone else "") + ", ".join(cells) + " |", flush=True)
+
+
+def part_scaling(device: torch.device, clone: Path | None) -> None:
+    default = {"batch_size": 256, "width": 256, "diffusion_steps": 10}
+    sweeps = {
+        "batch_size": (256, 512, 1024, 2048, 4096, 8192),
+        "width": (256, 512, 1024),
+        "diffusion_steps": (5, 10, 20, 50),
+    }
+    mode = "compiled graph" if device.type == "cuda" else "compiled"
+    print(f"\nO = 17, A = 6, {mode}, otherwise {default}: ms per update (relative to the first)")
+    for name, values in sweeps.items():
+        cells, first = [], None
+        for value in values:
+            flags = default | {name: value}
+            function = our_update(
+                mode, 17, 6, flags["width"], device, flags["batch_size"], diffusion_steps=flags["diffusion_steps"]
+            )
+            ms = record("scaling", f"{name} {value}", mode, interleaved({mode: function}, rounds=60)[mode])
+            first = first or ms
+            cells.append(f"{value}: {ms:.2f} ({ms / first:.1f})")
+        print(f"{name}: " + ", ".join(cells), flush=True)
+
+
+def part_loop(device: torch.device, clone: Path | None) -> None:
+    """The loop is timed through its own log of steps per second, from the event of the last log interval."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    steps, learning_starts = (1500, 500) if device.type == "cpu" else (6000, 1000)
+    with tempfile.TemporaryDirectory() as folder:
+        flags = {"total_timesteps": steps, "learning_starts": learning_starts, "eval_every": 0, "log_every": 250}
+        flags |= {"compile": True, "checkpoint_every": 0, "run_dir": Path(folder), "device": str(device)}
+        run = qsm.main(qsm.Args(**flags))
+        events = EventAccumulator(str(run))
+        events.Reload()
+        speeds = [e.value for e in events.Scalars("charts/SPS") if e.step > learning_starts + 250]
+    loop = record("loop", "Humanoid-v4", "loop", 1e3 / statistics.median(speeds))
+    mode = "compiled graph" if device.type == "cuda" else "compiled"
+    update = record(
+        "loop", "Humanoid-v4", "update alone", interleaved({"u": our_update(mode, 376, 17, 512, device)})["u"]
+    )
+    envs = make_envs("Humanoid-v4", 1)
+    envs.reset(seed=0)
+    step = record(
+        "loop", "Humanoid-v4", "step alone", interleaved({"s": lambda: envs.step(envs.action_space.sample())})["s"]
+    )
+    envs.close()
+    print(
+        f"\nHumanoid-v4, defaults: {loop:.2f} ms a step; update alone {update:.2f}, environment step alone {step:.2f};"
+    )
+    print(f"loop / larger of the two: {loop / max(update, step):.2f}")
+
+
+def part_envs(device: torch.device, clone: Path | None) -> None:
+    print(f"\nEnvironment steps per second, random actions, {os.cpu_count()} cores: one process / workers")
+    for env_id in ("HalfCheetah-v4", "Humanoid-v4"):
+        cells = []
+        for num_envs in (1, 2, 4, 8, 16, 32, 64):
+            both = {}
+            for name, asynchronous in (("sync", False), ("async", True)):
+                envs = make_envs(env_id, num_envs, asynchronous)
+                envs.reset(seed=0)
+                actions = envs.action_space.sample()
+                ms = interleaved({"s": lambda envs=envs, actions=actions: envs.step(actions)}, seconds=1.5)["s"]
+                both[name] = record("envs", f"{env_id} {num_envs}", name, 1e3 * num_envs / ms, "steps/s")
+                envs.close()
+            cells.append(f"{num_envs}: {both['sync']:.0f} / {both['async']:.0f}")
+        print(f"{env_id}: " + ", ".join(cells), flush=True)
+
+
+def part_startup(device: torch.device, clone: Path | None) -> None:
+    capacity, process = 1_000_000, psutil.Process()
+    start = time.perf_counter()
+    envs = make_envs("Humanoid-v4", 1)
+    envs.reset(seed=0)
+    qsm.make_learner(qsm.Args(), 376, 17, device)
+    before = torch.cuda.memory_allocated() if device.type == "cuda" else process.memory_info().rss
+    buffer = ReplayBuffer(capacity, 376, 17, device)
+    seconds = record("startup", "Humanoid-v4", "start", time.perf_counter() - start, "s")
+    for stored in buffer.storage:
+        stored.zero_()
+    after = torch.cuda.memory_allocated() if device.type == "cuda" else process.memory_info().rss
+    ratio = record("startup", "buffer", "memory", (after - before) / buffer.num_bytes(capacity, 376, 17), "ratio")
+    print(f"\nStart-up after imports: {seconds:.1f} s; a full replay buffer takes {ratio:.3f} of its arithmetic size")
+    envs.close()
+
+
+def plot(path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(9, 2.8), sharey=True, layout="constrained")
+    for axis, name in zip(axes, ("batch_size", "width", "diffusion_steps"), strict=True):
+        points = [
+            (int(r["setting"].split()[1]), float(r["value"])) for r in rows if r["setting"].startswith(name + " ")
+        ]
+        axis.loglog(*zip(*points, strict=True), "o-")
+        axis.set(xlabel=name.replace("_", " "), xticks=[x for x, _ in points], xticklabels=[x for x, _ in points])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("ms per update")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parts = {name[5:]: function for name, function in globals().items() if name.startswith("part_")}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[*parts, []], help="default: all")
+    parser.add_argument("--released", type=Path, help="folder of a clone of the authors' repository")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--csv", type=Path)
+    args = parser.parse_args()
+    device = qsm.runs.get_device(args.device)
+    if device.type == "cpu":
+        qsm.use_fast_matmul()
+    name = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} cores, {platform.machine()}"
+    )
+    print(
+        f"{name}; torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.get_float32_matmul_precision()} precision"
+    )
+    for part in args.parts or parts:
+        parts[part](device, args.released)
+    if args.csv:
+        with args.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        if any(row["part"] == "scaling" for row in rows):
+            plot(args.csv.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
