@@ -110,12 +110,8 @@ def released_update(clone: Path, obs_dim: int, act_dim: int, width: int):
 
 
 def part_update(device: torch.device, clone: Path | None) -> None:
-    print(
-        "\n| O, A, width | "
-        + ("released, ms | " if clone else "")
-        + "variant: ms"
-        + (" (of released)" if clone else "")
-    )
+    print("\n| O, A, width | " + ("released, ms | ours, ms (of released) |" if clone else "ours, ms (of eager) |"))
+    print("|---|---|---|" if clone else "|---|---|")
     modes = ("eager", "compiled") + (("graph", "compiled graph") if device.type == "cuda" else ())
     for size in SIZES:
         functions = {"released": released_update(clone, *size)} if clone else {}
@@ -244,12 +240,10 @@ def main() -> None:
     device = qsm.runs.get_device(args.device)
     if device.type == "cpu":
         qsm.use_fast_matmul()
-    name = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} cores, {platform.machine()}"
-    )
-    print(
-        f"{name}; torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.get_float32_matmul_precision()} precision"
-    )
+    cuda = device.type == "cuda"
+    machine = torch.cuda.get_device_name(device) if cuda else f"{os.cpu_count()} cores, {platform.machine()}"
+    precision = torch.get_float32_matmul_precision()
+    print(f"{machine}; torch {torch.__version__}, {torch.get_num_threads()} threads, {precision} precision")
     for part in args.parts or parts:
         parts[part](device, args.released)
     if args.csv:
