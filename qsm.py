@@ -303,31 +303,16 @@ def make_learner(args: Args, obs_dim: int, act_dim: int, device: torch.device | 
     return Learner(score_net, critic, critic_target.requires_grad_(False), *optimizers, *zeros)
 
 
-def critic_gradients(
-    score_net: ScoreNet,
-    critic: Critic,
-    critic_target: Critic,
-    batch: Batch,
-    noise: torch.Tensor,
-    schedule: Schedule,
-    args: Args,
-) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor]:
+def critic_gradients(learner: Learner, batch: Batch, noise: torch.Tensor, schedule: Schedule, args: Args):
     """Gradients of critic_loss to the critic's parameters, the loss, and the mean of Q."""
-    target_q = td_target(score_net, critic_target, batch, noise, schedule, args)  # (B,)
-    loss, q = critic_loss(critic, batch, target_q)
-    return torch.autograd.grad(loss, list(critic.parameters())), loss.detach(), q.mean()
+    target_q = td_target(learner.score_net, learner.critic_target, batch, noise, schedule, args)  # (B,)
+    loss, q = critic_loss(learner.critic, batch, target_q)
+    return torch.autograd.grad(loss, list(learner.critic.parameters())), loss.detach(), q.mean()
 
 
-def actor_gradients(
-    score_net: ScoreNet,
-    critic: Critic,
-    batch: Batch,
-    noise: Noise,
-    schedule: Schedule,
-    q_scale: torch.Tensor,
-    args: Args,
-) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+def actor_gradients(learner: Learner, batch: Batch, noise: Noise, schedule: Schedule, args: Args):
     """Gradients of actor_loss to the score network's parameters, the loss, the new q_scale, metrics."""
+    score_net, critic, q_scale = learner.score_net, learner.critic, learner.q_scale
     loss, q_scale, metrics = actor_loss(score_net, critic, batch, noise, schedule, q_scale, args)
     return torch.autograd.grad(loss, list(score_net.parameters())), loss.detach(), q_scale, metrics
 
@@ -346,15 +331,14 @@ def step_if_finite(optimizer: torch.optim.Adam, grads: tuple[torch.Tensor, ...],
 
 def update(learner: Learner, batch: Batch, noise: Noise, schedule: Schedule, args: Args) -> dict[str, torch.Tensor]:
     """Algorithm 1 lines 4 to 7, once. No host synchronisation; returns metrics as detached device tensors."""
-    score_net, critic, critic_target, actor_optimizer, critic_optimizer, q_scale, skipped = learner
-
-    grads, q_loss, q = critic_gradients(score_net, critic, critic_target, batch, noise.next_actions, schedule, args)
-    skipped += step_if_finite(critic_optimizer, grads, q_loss)
+    skipped, q_scale = learner.skipped, learner.q_scale
+    grads, q_loss, q = critic_gradients(learner, batch, noise.next_actions, schedule, args)
+    skipped += step_if_finite(learner.critic_optimizer, grads, q_loss)
     with torch.no_grad():  # theta' <- tau theta + (1 - tau) theta'
-        torch._foreach_lerp_(list(critic_target.parameters()), list(critic.parameters()), args.tau)
+        torch._foreach_lerp_(list(learner.critic_target.parameters()), list(learner.critic.parameters()), args.tau)
 
-    grads, eps_loss, new_q_scale, metrics = actor_gradients(score_net, critic, batch, noise, schedule, q_scale, args)
-    skipped += step_if_finite(actor_optimizer, grads, eps_loss)
+    grads, eps_loss, new_q_scale, metrics = actor_gradients(learner, batch, noise, schedule, args)
+    skipped += step_if_finite(learner.actor_optimizer, grads, eps_loss)
     q_scale.copy_(torch.where(eps_loss.isfinite(), new_q_scale, q_scale))
     losses = {"critic_loss": q_loss, "actor_loss": eps_loss, "q_values": q, "skipped_steps": skipped}
     return {f"losses/{name}": value for name, value in losses.items()} | metrics
@@ -522,7 +506,7 @@ def train(args: Args) -> Path:
         args = args_of(saved["loop"]["args"])
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
-    torch.use_deterministic_algorithms(args.deterministic)
+        torch.use_deterministic_algorithms(True)
     device = runs.get_device(args.device)
     if args.compile is None:
         args.compile = args.utd * args.total_timesteps > 20_000 and (device.type == "cuda" or bool(shutil.which("g++")))

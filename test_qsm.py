@@ -664,6 +664,7 @@ QUICK = {
     "eval_every": 0,
     "log_every": 20,
     "device": "cpu",
+    "compile": False,
 }
 
 
@@ -1227,6 +1228,7 @@ def test_run_killed_at_50_random_moments_is_the_uninterrupted_run(buffers, monke
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_signals_write_a_checkpoint_and_end_the_run(signum, tmp_path):
     flags = "--env-id Pendulum-v1 --num-envs 2 --async-envs True --hidden-dims 8 --learning-starts 50 --eval-every 0"
+    flags += " --compile False"
     command = [sys.executable, str(ROOT / "qsm.py"), *flags.split(), "--run-dir", str(tmp_path)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 120
