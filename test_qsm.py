@@ -1197,7 +1197,7 @@ def test_run_killed_at_50_random_moments_is_the_uninterrupted_run(buffers, monke
         qsm.main(args)
     (killed,) = args.run_dir.iterdir()
     moments, processes = np.random.default_rng(0), multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["test_qsm"])  # torch is imported once
+    processes.set_forkserver_preload(["test_qsm", "torch._dynamo"])  # imported once
     steps, writing = [30], 0
     for _ in range(50):
         process = processes.Process(target=train_in_a_process, args=(killed,))
@@ -1213,6 +1213,7 @@ def test_run_killed_at_50_random_moments_is_the_uninterrupted_run(buffers, monke
         steps.append(load_checkpoint(killed / "checkpoint.zip")["loop"]["state"][0])
     assert steps == sorted(set(steps))  # each got further
     assert writing > 10  # killed in the middle of a checkpoint
+    time.sleep(1)  # event files are read in the order of their names: by second, then by process
     stop_at = steps[-1] + 5
     with pytest.raises(SystemExit, match="143"):
         qsm.main(Args(resume=killed))
