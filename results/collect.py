@@ -1,24 +1,25 @@
 """Copy finished runs into results/ as plain CSV, so that curves and tables can be redrawn from the repository alone.
 
     python results/collect.py results/halfcheetah runs/HalfCheetah-v4__qsm__*
+    python results/collect.py results/ablation --label "no clip" runs/HalfCheetah-v4__qsm__*
 
-Each run becomes a folder <env>__<score target>__seed<N> with episodes.csv and evaluations.csv as written by qsm.py,
-scalars.csv (one row per logging step, from the event file) and args.csv.
+Each run becomes a folder <env>__<label>__seed<N>, the label by default the score target, with episodes.csv and
+evaluations.csv as written by qsm.py, scalars.csv (one row per logging step, from the event file) and args.csv.
 """
 
+import argparse
 import csv
 import shutil
-import sys
 from pathlib import Path
 
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
-def collect(run: Path, destination: Path) -> Path:
+def collect(run: Path, destination: Path, label: str | None = None) -> Path:
     """Copy one run below `destination`; returns the new folder."""
     args = torch.load(run / "model.pt", weights_only=True)["args"]
-    folder = destination / f"{args['env_id'].replace('/', '-')}__{args['score_target']}__seed{args['seed']}"
+    folder = destination / f"{args['env_id'].replace('/', '-')}__{label or args['score_target']}__seed{args['seed']}"
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("episodes.csv", "evaluations.csv"):
         shutil.copy(run / name, folder / name)
@@ -38,7 +39,10 @@ def collect(run: Path, destination: Path) -> Path:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3:
-        raise SystemExit("usage: python results/collect.py DESTINATION RUN [RUN ...]")
-    for run in sys.argv[2:]:
-        print(collect(Path(run), Path(sys.argv[1])))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("destination", type=Path)
+    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--label")
+    args = parser.parse_args()
+    for run in args.runs:
+        print(collect(run, args.destination, args.label))

@@ -15,6 +15,7 @@ import numpy as np
 
 HERE = Path(__file__).parent
 COLORS = {"consistent": "tab:blue", "released": "tab:orange"}
+OTHERS = ("tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "tab:gray")
 
 
 def read(path: Path, column: str) -> tuple[np.ndarray, np.ndarray]:
@@ -30,7 +31,7 @@ def smooth(values: np.ndarray, width: int = 10) -> np.ndarray:
 
 def plot(group: Path) -> None:
     """One panel per environment, one line per seed: mean of the last 10 training episodes against steps."""
-    runs = defaultdict(list)
+    runs, colors = defaultdict(list), dict(COLORS)
     for run in sorted(group.iterdir()):
         if run.is_dir():
             env_id, target, seed = run.name.split("__")
@@ -40,7 +41,8 @@ def plot(group: Path) -> None:
         for target, seed, run in seeds:
             steps, returns = read(run / "episodes.csv", "return")
             first = seed == min(s for t, s, _ in seeds if t == target)
-            axis.plot(steps / 1000, smooth(returns), color=COLORS[target], lw=1.2, label=target if first else None)
+            color = colors.setdefault(target, OTHERS[(len(colors) - len(COLORS)) % len(OTHERS)])
+            axis.plot(steps / 1000, smooth(returns), color=color, lw=1.2, label=target if first else None)
             evaluation_steps, evaluations = read(run / "evaluations.csv", "return")
             last = evaluations[evaluation_steps == evaluation_steps.max()]
             _, bound = read(run / "scalars.csv", "diffusion/bound_share")
@@ -50,12 +52,13 @@ def plot(group: Path) -> None:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("return, last 10 episodes")
-    axes[0, 0].legend(frameon=False)
+    for axis in axes[0]:
+        axis.legend(frameon=False, fontsize="small")
     figure.savefig(group.with_suffix(".png"), dpi=110)
 
 
 if __name__ == "__main__":
-    print("| task | target | seed | steps | last 10 training episodes | last evaluation | actions on the bound |")
+    print("| task | variant | seed | steps | last 10 training episodes | last evaluation | actions on the bound |")
     print("|---|---|---|---|---|---|---|")
     for group in sorted(path for path in HERE.iterdir() if path.is_dir()):
         plot(group)
