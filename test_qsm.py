@@ -23,6 +23,7 @@ marked with *, which were tried by hand. "Kept" means that the checkpoint and mo
 """
 
 import csv
+import importlib.util
 import math
 import multiprocessing
 import os
@@ -1305,6 +1306,15 @@ def test_command_line_trains_evaluates_and_saves(tmp_path):
     net = ScoreNet(11, 3, saved["args"]["hidden_dims"], saved["args"]["diffusion_steps"])
     net.load_state_dict(saved["score_net"])
     assert list(run.glob("events.out.tfevents.*"))
+
+
+def test_line_numbers_of_the_paper_map_are_right():
+    spec = importlib.util.spec_from_file_location("paper_map", ROOT / "docs/paper_map.py")
+    paper_map = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(paper_map)
+    page = paper_map.PAGE.read_text()
+    assert page.count("#L") > 30
+    assert page == paper_map.with_line_numbers(page), "run python docs/paper_map.py"
 
 
 def test_readme_snippet_acts_with_a_saved_policy(tmp_path, monkeypatch):
