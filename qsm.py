@@ -350,7 +350,7 @@ def compile_gradients() -> None:
     if whole:
         torch._dynamo.config.trace_autograd_ops = True
     for name in ("critic_gradients", "actor_gradients"):
-        if not hasattr(globals()[name], "_torchdynamo_orig_callable"):  # compiled by an earlier run in this process
+        if not hasattr(globals()[name], "_torchdynamo_orig_callable"):  # else an earlier run in this process did it
             globals()[name] = torch.compile(globals()[name], fullgraph=whole)
 
 
@@ -372,10 +372,9 @@ def capture_update(learner: Learner, obs_dim: int, act_dim: int, schedule: Sched
     replay. The metrics are the graph's own and change with the next call.
     """
     device, T = schedule.betas.device, args.diffusion_steps
-    zeros = [
-        torch.zeros(args.batch_size, *shape, device=device) for shape in ((obs_dim,), (act_dim,), (), (obs_dim,), ())
-    ]
-    batch, noise = Batch(*zeros), draw_noise(T, args.batch_size, act_dim, torch.Generator(device))
+    shapes = ((obs_dim,), (act_dim,), (), (obs_dim,), ())
+    batch = Batch(*(torch.zeros(args.batch_size, *shape, device=device) for shape in shapes))
+    noise = draw_noise(T, args.batch_size, act_dim, torch.Generator(device))
     optimizers = learner.actor_optimizer, learner.critic_optimizer
     states = [x for optimizer in optimizers for state in optimizer.state.values() for x in state.values()]
     changed = [*(p.data for net in learner[:3] for p in net.parameters()), *states, learner.q_scale, learner.skipped]
@@ -502,6 +501,9 @@ def train(args: Args) -> Path:
     """Train, from the start or from a checkpoint, and return the folder of the run."""
     saved, run_path = None, args.resume
     if run_path:
+        ignored = [name for name, value in vars(args).items() if value != vars(Args())[name] and name != "resume"]
+        if ignored:
+            print(f"--resume goes on with the arguments of the run; ignored: {', '.join(ignored)}")
         saved = runs.load_checkpoint(run_path / "checkpoint.zip")
         args = args_of(saved["loop"]["args"])
     if args.deterministic:
@@ -542,6 +544,9 @@ def train(args: Args) -> Path:
     else:
         run_path = args.run_dir / f"{args.env_id.replace('/', '-')}__qsm__{args.seed}__{int(time.time())}"
     run = RunFolder(run_path, vars(args), resumed_at=global_step if saved else None)
+
+    if not args.checkpoint_buffer:
+        print("checkpoints without the replay buffer: after a --resume no update is made until a new one is filled")
 
     def save(with_simulators: bool = True) -> None:
         state = (global_step, num_updates, obs, metrics, last_returns)

@@ -1008,10 +1008,12 @@ def test_run_folder_that_exists_is_left_alone(monkeypatch, tmp_path, capsys):
     assert content == {path: path.read_bytes() for path in run.iterdir()}
 
 
-def test_other_versions_are_told(checkpointed, monkeypatch, capsys):
+def test_other_versions_and_ignored_arguments_are_told(checkpointed, monkeypatch, capsys):
     monkeypatch.setattr(runs, "versions", lambda: {"python": "4.0"})
-    qsm.main(Args(resume=checkpointed))
-    assert "not bit for bit" in capsys.readouterr().out
+    qsm.main(Args(resume=checkpointed, gamma=0.5))
+    printed = capsys.readouterr().out
+    assert "not bit for bit" in printed
+    assert "ignored: gamma" in printed
 
 
 def test_deterministic_algorithms_train(tmp_path):
@@ -1094,11 +1096,12 @@ def test_resumed_run_is_the_uninterrupted_run(env_id, async_envs, buffers, monke
     assert scalars(whole) == scalars(resumed)
 
 
-def test_resume_without_the_buffer_fills_a_new_one_first(buffers, monkeypatch, tmp_path):
+def test_resume_without_the_buffer_fills_a_new_one_first(buffers, monkeypatch, tmp_path, capsys):
     with monkeypatch.context() as patch:
         crash_after_checkpoint(patch)
         with pytest.raises(Crash):
             qsm.main(Args(**QUICK, checkpoint_every=30, checkpoint_buffer=False, run_dir=tmp_path))
+    assert "no update is made until a new one is filled" in capsys.readouterr().out
     (run,) = tmp_path.iterdir()
     sizes, real_update = [], qsm.update
     monkeypatch.setattr(qsm, "update", lambda *args: sizes.append(buffers[-1].size) or real_update(*args))
