@@ -324,9 +324,10 @@ def step_if_finite(optimizer: torch.optim.Adam, grads: tuple[torch.Tensor, ...],
     """
     for parameter, grad in zip(optimizer.param_groups[0]["params"], grads, strict=True):
         parameter.grad = grad
-    optimizer.found_inf = 1 - loss.isfinite().float()
+    optimizer.found_inf = not_finite = 1 - loss.isfinite().float()
     optimizer.step()
-    return optimizer.found_inf
+    del optimizer.found_inf  # or a plain step() would obey it later on
+    return not_finite
 
 
 def update(learner: Learner, batch: Batch, noise: Noise, schedule: Schedule, args: Args) -> dict[str, torch.Tensor]:
