@@ -60,7 +60,7 @@ class Snapshot(gym.Wrapper):
     every copy. None where a simulator cannot be pickled.
     """
 
-    SHARED = ("env", "func", "model", "mujoco_renderer", "spec", "action_space", "observation_space")
+    SHARED = ("env", "func", "model", "mujoco_renderer", "spec", "action_space", "observation_space", "_saved_kwargs")
 
     def layers(self) -> list[gym.Env]:
         layers = [self.env]
