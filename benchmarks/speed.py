@@ -117,11 +117,15 @@ def part_update(device: torch.device, clone: Path | None) -> None:
         functions = {"released": released_update(clone, *size)} if clone else {}
         for mode in modes:
             functions[mode] = our_update(mode, *size, device, score_target="released")
+        start = time.perf_counter()
+        functions["compiled"]()
+        compiling = record("update", "{} {} {}".format(*size), "compiling", time.perf_counter() - start, "s")
         ms = interleaved(functions)
         for name, value in ms.items():
             record("update", "{} {} {}".format(*size), name, value)
         base = ms.get("released", ms["eager"])
         cells = [f"{name} {value:.2f} ({value / base:.2f})" for name, value in ms.items() if name != "released"]
+        cells[-1] += f"; compiling took {compiling:.0f} s"
         print(f"| {size} | " + (f"{ms['released']:.2f} | " if clone else "") + ", ".join(cells) + " |", flush=True)
 
 
@@ -238,6 +242,7 @@ def main() -> None:
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
     device = qsm.runs.get_device(args.device)
+    torch.compiler.config.force_disable_caches = True  # compiling is timed too
     if device.type == "cpu":
         qsm.use_fast_matmul()
     cuda = device.type == "cuda"
