@@ -549,13 +549,14 @@ def train(args: Args) -> Path:
     if not args.checkpoint_buffer:
         print("checkpoints without the replay buffer: after a --resume no update is made until a new one is filled")
 
-    def save(with_simulators: bool = True) -> None:
+    def save(with_simulators: bool = True) -> bool:
         state = (global_step, num_updates, obs, metrics, last_returns)
-        run.save(global_step, state, learner, buffer, envs, (rng, log_rng), with_simulators)
+        return run.save(global_step, state, learner, buffer, envs, (rng, log_rng), with_simulators)
 
     def give_up(reason: object) -> NoReturn:
-        save(with_simulators=False)  # those may be what is broken
-        stop(f"{reason}. To go on from step {global_step} with new episodes: --resume {run_path}")
+        saved_now = save(with_simulators=False)  # those may be what is broken
+        where = f"step {global_step} with new episodes" if saved_now else "the last checkpoint, if there is one"
+        stop(f"{reason}. To go on from {where}: --resume {run_path}")
 
     def run_evaluation() -> None:
         # Seeds apart from the training environments' seed .. seed + num_envs - 1.

@@ -165,8 +165,8 @@ class RunFolder:
         protocol = f"{len(returns)} episodes, best of {candidates}"
         tqdm.write(f"step {global_step}: evaluation return {mean:.1f} +- {std:.1f} ({protocol})")
 
-    def save(self, global_step: int, state, learner, buffer, envs, generators, with_simulators: bool = True) -> None:
-        """checkpoint.zip (see `save_checkpoint`) and model.pt; where that fails, a line, and the older ones stay."""
+    def save(self, global_step: int, state, learner, buffer, envs, generators, with_simulators: bool = True) -> bool:
+        """checkpoint.zip (see `save_checkpoint`) and model.pt; where that fails, False, and the older ones stay."""
         loop = {"args": self.args, "state": state}
         model = {"score_net": learner.score_net.state_dict(), "critic": learner.critic.state_dict()}
         model |= {"args": self.args, "global_step": global_step}
@@ -178,6 +178,8 @@ class RunFolder:
                 torch.save(model, file)
         except (OSError, FloatingPointError) as error:
             tqdm.write(f"nothing saved at step {global_step}: {error}")
+            return False
+        return True
 
     def close(self) -> None:
         for file in (self.events, *self.files):
