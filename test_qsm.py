@@ -1,4 +1,4 @@
-"""Tests of the mathematics against closed forms, and of the loop's accounting. CPU only, no network, two minutes.
+"""Tests of the mathematics against closed forms, and of the loop's accounting. CPU only, no network, three minutes.
 
 What was broken on purpose, one thing at a time, and what a user then sees. Every line is a test below, but for those
 marked with *, which were tried by hand. "Kept" means that the checkpoint and model on the disk can be resumed from.
