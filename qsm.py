@@ -42,8 +42,8 @@ from envs import finished_episodes, make_envs, true_next_obs
 from networks import Critic, ScoreNet
 from runs import CheckpointError, RunFolder, StopRequest, stop
 
-# Evidence for the consistent values: "alpha, T and c" in results/README.md (c is eps_clip, below). With T = 20 samples are
-# nearer to the exact density (0.06 against 0.08), and an update takes 1.3 times as long.
+# Evidence for the consistent values: "alpha, T and c" in results/README.md; c is eps_clip, below. T = 20 samples nearer
+# to the exact density (0.06 against 0.08), and an update takes 1.3 times as long.
 PRESETS = {
     "consistent": {"alpha": 10.0, "diffusion_steps": 10, "beta_schedule": "cosine", "normalize_q_grad": True},
     "released": {"alpha": 50.0, "diffusion_steps": 5, "beta_schedule": "vp", "normalize_q_grad": False},
