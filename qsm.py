@@ -600,7 +600,12 @@ def train(args: Args) -> Path:
         while num_updates < updates_due:
             learner.actor_optimizer.param_groups[0]["lr"].fill_(actor_lr_at(num_updates, args))
             batch = buffer.gather(buffer.sample_indices(args.batch_size, rng))
-            metrics = update_once(learner, batch, draw_noise(T, args.batch_size, act_dim, rng), schedule, args)
+            try:
+                metrics = update_once(learner, batch, draw_noise(T, args.batch_size, act_dim, rng), schedule, args)
+            except Exception:
+                if stop_request.signum:  # Ctrl-C ends the compiler's processes too, in the first update
+                    stop("stopped while compiling; older checkpoints are as they were", code=128 + stop_request.signum)
+                raise
             num_updates += 1
 
         # 3. Store, in float32, if it is finite there: 1e39 is so in float64 only.

@@ -985,6 +985,17 @@ def test_killed_worker_is_named_and_the_run_saved(monkeypatch, tmp_path, buffers
     check_transitions(buffers[1], 60)
 
 
+def test_interrupt_that_ends_the_compiler_gets_one_line(monkeypatch, tmp_path, capsys):
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        raise RuntimeError("the compiler was killed")
+
+    monkeypatch.setattr(qsm, "update", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        qsm.main(Args(**QUICK, run_dir=tmp_path))
+    assert "stopped while compiling" in error_line(capsys)
+
+
 def test_gpu_out_of_memory_gets_one_line(monkeypatch, tmp_path, capsys):
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore lines")
