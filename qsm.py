@@ -21,10 +21,13 @@ its jaxrl5/networks/diffusion.py. Where paper and released code differ, the line
 """
 
 import atexit
+import copy
+import ctypes
 import math
 import os
 import random
 import shutil
+import sys
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -57,7 +60,7 @@ class Args:
     seed: int = 1  # of Python, NumPy, torch, the environments and the action space
     device: str = "auto"  # auto (CUDA when there is one), cpu, cuda or cuda:N
     deterministic: bool = False  # the same bits on every run on CUDA too, slower; a CPU gives them without it
-    # torch.compile the gradients; None: if there is a C++ compiler and there are more than 20,000 updates to make
+    # torch.compile update and acting; None: if there is a C++ compiler and there are more than 20,000 updates to make
     compile: bool | None = None
     cuda_graph: bool | None = None  # replay the update as one CUDA graph; None: on CUDA
     run_dir: Path = Path("runs")  # where the folder of this run is made: event file, CSVs, networks, checkpoint
@@ -278,14 +281,47 @@ def actor_loss(
 # ---------------------------------------------------------------------------------------------------------- update
 
 
+class Adam(torch.nn.Module):
+    """Adam with betas 0.9 and 0.999 and epsilon 1e-8, as in torch.optim and in the released code's optax.
+
+    Written out, so that the whole update is one graph: torch.optim.Adam does its bookkeeping on the host.
+    """
+
+    def __init__(self, net: torch.nn.Module, lr: float):
+        super().__init__()
+        self.register_buffer("lr", torch.tensor(lr))  # a tensor, to be changed in place
+        self.register_buffer("steps", torch.zeros((), dtype=torch.float64))  # 1 - 0.999^t in float32: 5 digits
+        self.exp_avg, self.exp_avg_sq = (copy.deepcopy(net).requires_grad_(False) for _ in range(2))
+        for moment in self.parameters():
+            moment.zero_()
+
+    @torch.no_grad()
+    def step(self, net: torch.nn.Module, grads: tuple[torch.Tensor, ...], loss: torch.Tensor) -> torch.Tensor:
+        """A step, left out where the loss is NaN or infinite; returns 1.0 there, else 0.0.
+
+        Decided on the device, as in torch.amp.GradScaler: the host does not wait.
+        """
+        finite = loss.isfinite()
+        self.steps += finite
+        bias1, bias2 = (1 - beta ** self.steps.clamp_min(1) for beta in (0.9, 0.999))
+        lr = finite * self.lr / bias1
+        moments = self.exp_avg.parameters(), self.exp_avg_sq.parameters()
+        for parameter, grad, exp_avg, exp_avg_sq in zip(net.parameters(), grads, *moments, strict=True):
+            grad = torch.where(finite, grad, 0)
+            exp_avg.lerp_(grad, 0.1 * finite)
+            exp_avg_sq.lerp_(grad.square(), 0.001 * finite)
+            parameter -= lr * exp_avg / ((exp_avg_sq / bias2).sqrt() + 1e-8)
+        return 1.0 - finite.float()
+
+
 class Learner(NamedTuple):
     """Everything that an update changes."""
 
     score_net: ScoreNet
     critic: Critic
     critic_target: Critic
-    actor_optimizer: torch.optim.Adam
-    critic_optimizer: torch.optim.Adam
+    actor_optimizer: Adam
+    critic_optimizer: Adam
     q_scale: torch.Tensor  # (2,), see actor_loss
     skipped: torch.Tensor  # (), number of optimizer steps left out because their loss was not finite
 
@@ -293,83 +329,73 @@ class Learner(NamedTuple):
 def make_learner(args: Args, obs_dim: int, act_dim: int, device: torch.device | str) -> Learner:
     """Networks with targets theta' = theta (Algorithm 1 line 1), and their optimizers."""
     score_net = ScoreNet(obs_dim, act_dim, args.hidden_dims, args.diffusion_steps).to(device)
-    critic, critic_target = (Critic(obs_dim, act_dim, args.hidden_dims).to(device) for _ in range(2))
-    critic_target.load_state_dict(critic.state_dict())
-    optimizers = []
-    for net, lr in ((score_net, args.actor_lr), (critic, args.critic_lr)):
-        lr = torch.tensor(lr, device=device)  # a tensor, to be changed in place
-        optimizers.append(torch.optim.Adam(net.parameters(), lr=lr, fused=True, capturable=lr.is_cuda))
-        # A step that is left out makes Adam's state: a CUDA graph must find it there.
-        step_if_finite(optimizers[-1], [torch.zeros_like(p) for p in net.parameters()], lr * math.nan)
+    critic = Critic(obs_dim, act_dim, args.hidden_dims).to(device)
+    critic_target = copy.deepcopy(critic).requires_grad_(False)
+    optimizers = Adam(score_net, args.actor_lr).to(device), Adam(critic, args.critic_lr).to(device)
     zeros = torch.zeros(2, device=device), torch.zeros((), device=device)
-    return Learner(score_net, critic, critic_target.requires_grad_(False), *optimizers, *zeros)
-
-
-def critic_gradients(learner: Learner, batch: Batch, noise: torch.Tensor, schedule: Schedule, args: Args):
-    """Gradients of critic_loss to the critic's parameters, the loss, and the mean of Q."""
-    target_q = td_target(learner.score_net, learner.critic_target, batch, noise, schedule, args)  # (B,)
-    loss, q = critic_loss(learner.critic, batch, target_q)
-    return torch.autograd.grad(loss, list(learner.critic.parameters())), loss.detach(), q.mean()
-
-
-def actor_gradients(learner: Learner, batch: Batch, noise: Noise, schedule: Schedule, args: Args):
-    """Gradients of actor_loss to the score network's parameters, the loss, the new q_scale, metrics."""
-    score_net, critic, q_scale = learner.score_net, learner.critic, learner.q_scale
-    loss, q_scale, metrics = actor_loss(score_net, critic, batch, noise, schedule, q_scale, args)
-    return torch.autograd.grad(loss, list(score_net.parameters())), loss.detach(), q_scale, metrics
-
-
-def step_if_finite(optimizer: torch.optim.Adam, grads: tuple[torch.Tensor, ...], loss: torch.Tensor) -> torch.Tensor:
-    """A step of Adam, left out where the loss is NaN or infinite; returns 1.0 there, else 0.0.
-
-    Decided on the device, by the fused kernel, as in torch.amp.GradScaler: the host does not wait.
-    """
-    for parameter, grad in zip(optimizer.param_groups[0]["params"], grads, strict=True):
-        parameter.grad = grad
-    optimizer.found_inf = not_finite = 1 - loss.isfinite().float()
-    optimizer.step()
-    del optimizer.found_inf  # or a plain step() would obey it later on
-    return not_finite
+    return Learner(score_net, critic, critic_target, *optimizers, *zeros)
 
 
 def update(learner: Learner, batch: Batch, noise: Noise, schedule: Schedule, args: Args) -> dict[str, torch.Tensor]:
     """Algorithm 1 lines 4 to 7, once. No host synchronisation; returns metrics as detached device tensors."""
-    skipped, q_scale = learner.skipped, learner.q_scale
-    grads, q_loss, q = critic_gradients(learner, batch, noise.next_actions, schedule, args)
-    skipped += step_if_finite(learner.critic_optimizer, grads, q_loss)
-    with torch.no_grad():  # theta' <- tau theta + (1 - tau) theta'
-        torch._foreach_lerp_(list(learner.critic_target.parameters()), list(learner.critic.parameters()), args.tau)
+    score_net, critic, critic_target, actor_optimizer, critic_optimizer, q_scale, skipped = learner
 
-    grads, eps_loss, new_q_scale, metrics = actor_gradients(learner, batch, noise, schedule, args)
-    skipped += step_if_finite(learner.actor_optimizer, grads, eps_loss)
+    target_q = td_target(score_net, critic_target, batch, noise.next_actions, schedule, args)  # (B,)
+    q_loss, q = critic_loss(critic, batch, target_q)
+    grads = torch.autograd.grad(q_loss, list(critic.parameters()))
+    skipped += critic_optimizer.step(critic, grads, q_loss)
+    with torch.no_grad():  # theta' <- tau theta + (1 - tau) theta'
+        torch._foreach_lerp_(list(critic_target.parameters()), list(critic.parameters()), args.tau)
+
+    eps_loss, new_q_scale, metrics = actor_loss(score_net, critic, batch, noise, schedule, q_scale, args)
+    grads = torch.autograd.grad(eps_loss, list(score_net.parameters()))
+    skipped += actor_optimizer.step(score_net, grads, eps_loss)
     q_scale.copy_(torch.where(eps_loss.isfinite(), new_q_scale, q_scale))
-    losses = {"critic_loss": q_loss, "actor_loss": eps_loss, "q_values": q, "skipped_steps": skipped}
+
+    losses = {"critic_loss": q_loss.detach(), "actor_loss": eps_loss.detach(), "q_values": q.mean()}
+    losses["skipped_steps"] = skipped.clone()
     return {f"losses/{name}": value for name, value in losses.items()} | metrics
 
 
-def compile_gradients() -> None:
-    """Replace the two gradient functions by compiled ones. Functions, not modules: parameter names stay as they are."""
+def compiled(function, on_cpu: bool):
+    """torch.compile of `update` or `sample_actions`, as one graph; it compiles in the first call."""
     whole = hasattr(torch._dynamo.config, "trace_autograd_ops")  # without, torch.autograd.grad breaks the graph
     if whole:
         torch._dynamo.config.trace_autograd_ops = True
-    for name in ("critic_gradients", "actor_gradients"):
-        if not hasattr(globals()[name], "_torchdynamo_orig_callable"):  # else an earlier run in this process did it
-            globals()[name] = torch.compile(globals()[name], fullgraph=whole)
+    return torch.compile(function, fullgraph=whole, options={"cpp_wrapper": on_cpu})
 
 
-def use_fast_matmul() -> None:
-    """On a CPU "medium" selects oneDNN's float32 kernels in place of MKL's, which are slow on AMD; keep it if exact.
+def with_fast_matmul(update):
+    """`update` with oneDNN's float32 kernels in place of MKL's, which are slow on AMD; only where they are exact.
 
-    On a CPU with AMX it would round to bfloat16. On CUDA it would too: not to be called there.
+    They are what "medium" selects on a CPU. With AMX it would round to bfloat16, and on CUDA too. Outside the update
+    matrices have few rows, for which MKL's are faster.
     """
-    torch.set_float32_matmul_precision("medium")
     x = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
-    if (x[0] @ x[1] - x[0].double() @ x[1].double()).abs().max() > 1e-3:  # float32: 1e-5, bfloat16: 0.1
-        torch.set_float32_matmul_precision("highest")
+    torch.set_float32_matmul_precision("medium")
+    exact = (x[0] @ x[1] - x[0].double() @ x[1].double()).abs().max() < 1e-3  # float32: 1e-5, bfloat16: 0.1
+    torch.set_float32_matmul_precision("highest")
+
+    def fast_update(*args):
+        torch.set_float32_matmul_precision("medium")
+        try:
+            return update(*args)
+        finally:
+            torch.set_float32_matmul_precision("highest")
+
+    return fast_update if exact else update
 
 
-def capture_update(learner: Learner, obs_dim: int, act_dim: int, schedule: Schedule, args: Args):
-    """`update` as one CUDA graph, launched at once: same arguments, same results, same `learner` in every call.
+def keep_freed_memory() -> None:
+    """On Linux glibc would give freed tensors back to the kernel, and each update fault in 1,000 new pages."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, its maximum
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def capture_update(update, learner: Learner, obs_dim: int, act_dim: int, schedule: Schedule, args: Args):
+    """An `update` as one CUDA graph, launched at once: same arguments, same results, same `learner` in every call.
 
     Batch and noise are copied into the tensors that the graph was captured with, so that noise is fresh on every
     replay. The metrics are the graph's own and change with the next call.
@@ -378,9 +404,7 @@ def capture_update(learner: Learner, obs_dim: int, act_dim: int, schedule: Sched
     shapes = ((obs_dim,), (act_dim,), (), (obs_dim,), ())
     batch = Batch(*(torch.zeros(args.batch_size, *shape, device=device) for shape in shapes))
     noise = draw_noise(T, args.batch_size, act_dim, torch.Generator(device))
-    optimizers = learner.actor_optimizer, learner.critic_optimizer
-    states = [x for optimizer in optimizers for state in optimizer.state.values() for x in state.values()]
-    changed = [*(p.data for net in learner[:3] for p in net.parameters()), *states, learner.q_scale, learner.skipped]
+    changed = [x.data for net in learner[:5] for x in net.state_dict().values()] + [learner.q_scale, learner.skipped]
     before = [x.clone() for x in changed]
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -566,15 +590,30 @@ def train(args: Args) -> Path:
         episodes = evaluate(*policy, eval_envs, schedule, args.seed + 1_000_000, candidates)
         run.log_evaluation(global_step, candidates, episodes)
 
-    # Delete these lines, and only speed changes.
+    stop_request = StopRequest()
+
+    def stoppable(function):
+        def call(*arguments):
+            try:
+                return function(*arguments)
+            except Exception:
+                if stop_request.signum:  # Ctrl-C ends the compiler's processes too, in the first call
+                    stop("stopped while compiling; older checkpoints are as they were", code=128 + stop_request.signum)
+                raise
+
+        return call
+
+    act, update_once = sample_actions, update
+    # Delete this block, and only speed changes.
     if args.compile:
-        compile_gradients()
+        act, update_once = (stoppable(compiled(f, device.type == "cpu")) for f in (act, update_once))
+    if args.cuda_graph:
+        update_once = capture_update(update_once, learner, obs_dim, act_dim, schedule, args)
     if device.type == "cpu":
-        use_fast_matmul()
-    update_once = capture_update(learner, obs_dim, act_dim, schedule, args) if args.cuda_graph else update
+        update_once = with_fast_matmul(update_once)
+        keep_freed_memory()
 
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True, mininterval=1.0)
-    stop_request = StopRequest()
     if args.eval_every and not saved:
         run_evaluation()
     log_time, log_step = time.perf_counter(), global_step
@@ -586,7 +625,7 @@ def train(args: Args) -> Path:
             actions = to_tensor(envs.action_space.sample(), device)  # (N, A)
         else:
             noise = torch.randn(T + 1, args.num_envs, act_dim, device=device, generator=rng)
-            actions = sample_actions(learner.score_net, obs_tensor, noise, schedule, args.action_noise)
+            actions = act(learner.score_net, obs_tensor, noise, schedule, args.action_noise)
         actions_cpu = actions.cpu().numpy()
         if not np.isfinite(actions_cpu).all():
             give_up("the policy's actions are not finite: try a lower --actor-lr or --alpha")
@@ -598,14 +637,9 @@ def train(args: Args) -> Path:
         if buffer.size < min(args.learning_starts, args.buffer_size):  # also after a resume without the buffer
             num_updates = max(num_updates, updates_due)
         while num_updates < updates_due:
-            learner.actor_optimizer.param_groups[0]["lr"].fill_(actor_lr_at(num_updates, args))
+            learner.actor_optimizer.lr.fill_(actor_lr_at(num_updates, args))
             batch = buffer.gather(buffer.sample_indices(args.batch_size, rng))
-            try:
-                metrics = update_once(learner, batch, draw_noise(T, args.batch_size, act_dim, rng), schedule, args)
-            except Exception:
-                if stop_request.signum:  # Ctrl-C ends the compiler's processes too, in the first update
-                    stop("stopped while compiling; older checkpoints are as they were", code=128 + stop_request.signum)
-                raise
+            metrics = update_once(learner, batch, draw_noise(T, args.batch_size, act_dim, rng), schedule, args)
             num_updates += 1
 
         # 3. Store, in float32, if it is finite there: 1e39 is so in float64 only.

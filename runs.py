@@ -270,7 +270,7 @@ def save_checkpoint(
 
     Args:
         loop: arguments, counters and whatever else the loop continues from.
-        learner: NamedTuple of modules, optimizers and tensors.
+        learner: NamedTuple of modules and tensors.
         generators: the random generators of the run.
         with_buffer: without the replay buffer the file is small, and a resumed run is not the same run.
         with_simulators: without their state, a resumed run starts with new episodes.

@@ -1,4 +1,4 @@
-"""How fast is it? Every comparison interleaves both sides in one process (A B A B ...) and prints medians and ratios.
+"""How fast is it? Every comparison takes turns in one run (A B A B ...) and prints medians and ratios.
 
     python benchmarks/speed.py                                  # all parts below, on CUDA when there is one
     python benchmarks/speed.py update --released /tmp/released   # beside the authors' JAX learner, jitted, float32
@@ -17,6 +17,7 @@ With --csv FILE the numbers are also written there; with matplotlib installed, s
 
 import argparse
 import csv
+import multiprocessing
 import os
 import platform
 import statistics
@@ -37,6 +38,7 @@ from envs import make_envs
 
 SIZES = ((376, 17, 256), (376, 17, 512), (17, 6, 256), (17, 6, 512))  # O, A, width
 rows: list[dict] = []
+torch.compiler.config.force_disable_caches = True  # compiling is timed too
 
 
 def record(part: str, setting: str, variant: str, value: float, unit: str = "ms") -> float:
@@ -44,46 +46,92 @@ def record(part: str, setting: str, variant: str, value: float, unit: str = "ms"
     return value
 
 
-def interleaved(functions: dict, seconds: float = 6.0, rounds: int = 400) -> dict[str, float]:
-    """Median milliseconds of each function, called in turns."""
-    times = {name: [] for name in functions}
-    for _ in range(5):  # compiles and warms up
-        for function in functions.values():
-            function()
-    end = time.perf_counter() + seconds * len(functions)
-    while time.perf_counter() < end and len(next(iter(times.values()))) < rounds:
-        for name, function in functions.items():
+def median_ms(function, seconds: float = 6.0) -> float:
+    times, end = [], time.perf_counter() + seconds
+    for _ in range(5):  # warms up
+        function()
+    while time.perf_counter() < end and len(times) < 1000:
+        start = time.perf_counter()
+        function()
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def one_side(connection, build, *arguments) -> None:
+    """A process of `in_turns`: milliseconds of 25 calls for each message."""
+    function = build(*arguments)
+    while connection.recv():
+        times = []
+        for _ in range(25):
             start = time.perf_counter()
             function()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
+            times.append(1e3 * (time.perf_counter() - start))
+        connection.send(times)
 
 
-def our_update(mode: str, obs_dim: int, act_dim: int, width: int, device: torch.device, batch_size=256, **flags):
+def in_turns(sides: dict[str, tuple], seconds: float = 12.0) -> dict[str, tuple[float, float]]:
+    """Median milliseconds and seconds of the first call of each side, whose functions are made by build(*arguments).
+
+    Every side has a process of its own, which waits while the others have their turn of 25 calls, of which the first
+    5 are not counted: threads of one library that spin for work would take the cores from another in one process.
+    """
+    context = multiprocessing.get_context("spawn")
+    connections, processes, times = {}, [], {name: [] for name in sides}
+    for name, (build, *arguments) in sides.items():
+        connections[name], other = context.Pipe()
+        processes.append(context.Process(target=one_side, args=(other, build, *arguments), daemon=True))
+        processes[-1].start()
+    first, end = {}, None
+    while end is None or time.perf_counter() < end:
+        for name, connection in connections.items():
+            connection.send(True)
+            turn = connection.recv()
+            if end:
+                times[name] += turn[5:]
+            else:
+                first[name] = turn[0] / 1e3
+        end = end or time.perf_counter() + seconds * len(sides)
+    for process in processes:
+        process.kill()
+    return {name: (statistics.median(times[name]), first[name]) for name in sides}
+
+
+def our_update(
+    mode: str,
+    obs_dim: int,
+    act_dim: int,
+    width: int,
+    device: torch.device,
+    batch_size: int = 256,
+    score_target: str = "consistent",
+    diffusion_steps: int | None = None,
+):
     """A function that draws a batch and updates once; `mode` is eager, compiled, graph or compiled graph."""
-    args = qsm.Args(hidden_dims=(width, width), batch_size=batch_size, **flags)
+    args = qsm.Args(
+        hidden_dims=(width, width),
+        batch_size=batch_size,
+        score_target=score_target,
+        diffusion_steps=diffusion_steps,
+    )
     learner = qsm.make_learner(args, obs_dim, act_dim, device)
     schedule = qsm.make_schedule(args.beta_schedule, args.diffusion_steps, device)
     rng, buffer = torch.Generator(device), ReplayBuffer(100_000, obs_dim, act_dim, device)
     for stored in buffer.storage:
         stored.normal_()
     buffer.size = buffer.capacity
-    names = ("critic_gradients", "actor_gradients")
-    eager = {name: getattr(qsm, name) for name in names}
-    if "compiled" in mode:
-        torch.compiler.reset()
-        qsm.compile_gradients()
-    gradients = {name: getattr(qsm, name) for name in names}
-    step = qsm.capture_update(learner, obs_dim, act_dim, schedule, args) if "graph" in mode else qsm.update
-    vars(qsm).update(eager)
+    torch.compiler.reset()
+    update = qsm.compiled(qsm.update, device.type == "cpu") if "compiled" in mode else qsm.update
+    if "graph" in mode:
+        update = qsm.capture_update(update, learner, obs_dim, act_dim, schedule, args)
+    if device.type == "cpu":
+        update = qsm.with_fast_matmul(update)
+        qsm.keep_freed_memory()
 
     def function() -> None:
-        vars(qsm).update(gradients)
         batch = buffer.gather(buffer.sample_indices(batch_size, rng))
-        step(learner, batch, qsm.draw_noise(args.diffusion_steps, batch_size, act_dim, rng), schedule, args)
+        update(learner, batch, qsm.draw_noise(args.diffusion_steps, batch_size, act_dim, rng), schedule, args)
         if device.type == "cuda":
             torch.cuda.synchronize()
-        vars(qsm).update(eager)
 
     return function
 
@@ -114,19 +162,17 @@ def part_update(device: torch.device, clone: Path | None) -> None:
     print("|---|---|---|" if clone else "|---|---|")
     modes = ("eager", "compiled") + (("graph", "compiled graph") if device.type == "cuda" else ())
     for size in SIZES:
-        functions = {"released": released_update(clone, *size)} if clone else {}
-        for mode in modes:
-            functions[mode] = our_update(mode, *size, device, score_target="released")
-        start = time.perf_counter()
-        functions["compiled"]()
-        compiling = record("update", "{} {} {}".format(*size), "compiling", time.perf_counter() - start, "s")
-        ms = interleaved(functions)
-        for name, value in ms.items():
-            record("update", "{} {} {}".format(*size), name, value)
-        base = ms.get("released", ms["eager"])
-        cells = [f"{name} {value:.2f} ({value / base:.2f})" for name, value in ms.items() if name != "released"]
-        cells[-1] += f"; compiling took {compiling:.0f} s"
-        print(f"| {size} | " + (f"{ms['released']:.2f} | " if clone else "") + ", ".join(cells) + " |", flush=True)
+        sides = {"released": (released_update, clone, *size)} if clone else {}
+        sides |= {mode: (our_update, mode, *size, device, 256, "released") for mode in modes}
+        results = in_turns(sides)
+        for name, (ms, first) in results.items():
+            record("update", "{} {} {}".format(*size), name, ms)
+            if name == "compiled":
+                record("update", "{} {} {}".format(*size), "compiling", first, "s")
+        base = results["released" if clone else "eager"][0]
+        cells = [f"{name} {ms:.2f} ({ms / base:.2f})" for name, (ms, _) in results.items() if name != "released"]
+        cells[-1] += f"; compiling took {results['compiled'][1]:.0f} s"
+        print(f"| {size} | " + (f"{base:.2f} | " if clone else "") + ", ".join(cells) + " |", flush=True)
 
 
 def part_scaling(device: torch.device, clone: Path | None) -> None:
@@ -145,7 +191,7 @@ def part_scaling(device: torch.device, clone: Path | None) -> None:
             function = our_update(
                 mode, 17, 6, flags["width"], device, flags["batch_size"], diffusion_steps=flags["diffusion_steps"]
             )
-            ms = record("scaling", f"{name} {value}", mode, interleaved({mode: function}, rounds=60)[mode])
+            ms = record("scaling", f"{name} {value}", mode, median_ms(function))
             first = first or ms
             cells.append(f"{value}: {ms:.2f} ({ms / first:.1f})")
         print(f"{name}: " + ", ".join(cells), flush=True)
@@ -156,6 +202,8 @@ def part_loop(device: torch.device, clone: Path | None) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     steps, learning_starts = (1500, 500) if device.type == "cpu" else (6000, 1000)
+    update_alone = our_update("compiled graph" if device.type == "cuda" else "compiled", 376, 17, 512, device)
+    before = median_ms(update_alone)
     with tempfile.TemporaryDirectory() as folder:
         flags = {"total_timesteps": steps, "learning_starts": learning_starts, "eval_every": 0, "log_every": 250}
         flags |= {"compile": True, "checkpoint_every": 0, "run_dir": Path(folder), "device": str(device)}
@@ -164,15 +212,10 @@ def part_loop(device: torch.device, clone: Path | None) -> None:
         events.Reload()
         speeds = [e.value for e in events.Scalars("charts/SPS") if e.step > learning_starts + 250]
     loop = record("loop", "Humanoid-v4", "loop", 1e3 / statistics.median(speeds))
-    mode = "compiled graph" if device.type == "cuda" else "compiled"
-    update = record(
-        "loop", "Humanoid-v4", "update alone", interleaved({"u": our_update(mode, 376, 17, 512, device)})["u"]
-    )
+    update = record("loop", "Humanoid-v4", "update alone", (before + median_ms(update_alone)) / 2)
     envs = make_envs("Humanoid-v4", 1)
     envs.reset(seed=0)
-    step = record(
-        "loop", "Humanoid-v4", "step alone", interleaved({"s": lambda: envs.step(envs.action_space.sample())})["s"]
-    )
+    step = record("loop", "Humanoid-v4", "step alone", median_ms(lambda: envs.step(envs.action_space.sample())))
     envs.close()
     print(
         f"\nHumanoid-v4, defaults: {loop:.2f} ms a step; update alone {update:.2f}, environment step alone {step:.2f};"
@@ -190,7 +233,7 @@ def part_envs(device: torch.device, clone: Path | None) -> None:
                 envs = make_envs(env_id, num_envs, asynchronous)
                 envs.reset(seed=0)
                 actions = envs.action_space.sample()
-                ms = interleaved({"s": lambda envs=envs, actions=actions: envs.step(actions)}, seconds=1.5)["s"]
+                ms = median_ms(lambda envs=envs, actions=actions: envs.step(actions), seconds=1.5)
                 both[name] = record("envs", f"{env_id} {num_envs}", name, 1e3 * num_envs / ms, "steps/s")
                 envs.close()
             cells.append(f"{num_envs}: {both['sync']:.0f} / {both['async']:.0f}")
@@ -242,9 +285,6 @@ def main() -> None:
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
     device = qsm.runs.get_device(args.device)
-    torch.compiler.config.force_disable_caches = True  # compiling is timed too
-    if device.type == "cpu":
-        qsm.use_fast_matmul()
     cuda = device.type == "cuda"
     machine = torch.cuda.get_device_name(device) if cuda else f"{os.cpu_count()} cores, {platform.machine()}"
     precision = torch.get_float32_matmul_precision()

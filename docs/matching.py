@@ -60,10 +60,9 @@ def train(target: str):
             snapshots.append((samples, torch.stack([*recorder.path, samples]), grid, -eps))
         batch = Batch(obs, 2 * torch.rand(B, 2, generator=rng) - 1, None, None, None)
         loss, q_scale, _ = actor_loss(learner.score_net, Q, batch, draw_noise(T, B, 2, rng), schedule, q_scale, args)
-        learner.actor_optimizer.param_groups[0]["lr"].fill_(1e-2 * (1 - step / (STEPS[-1] + 1)))
-        learner.actor_optimizer.zero_grad()
-        loss.backward()
-        learner.actor_optimizer.step()
+        learner.actor_optimizer.lr.fill_(1e-2 * (1 - step / (STEPS[-1] + 1)))
+        grads = torch.autograd.grad(loss, list(learner.score_net.parameters()))
+        learner.actor_optimizer.step(learner.score_net, grads, loss)
     scale = (q_scale[0] / q_scale[1]).item() if args.normalize_q_grad else 1.0
     return snapshots, args.alpha / scale
 

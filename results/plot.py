@@ -48,7 +48,12 @@ def plot(group: Path) -> None:
             _, bound = read(run / "scalars.csv", "diffusion/bound_share")
             cells = f"{returns[-10:].mean():.0f}", f"{last.mean():.0f} ± {last.std():.0f}", f"{bound[-10:].mean():.2f}"
             print(f"| {env_id} | {target} | {seed[4:]} | {evaluation_steps.max():,} | {' | '.join(cells)} |")
-        axis.set(title=env_id, xlabel="environment steps, thousands")
+        if (group / "paper.csv").exists():
+            for row in csv.DictReader((group / "paper.csv").open()):
+                if row["env_id"] == env_id:
+                    at = float(row["step"]) / 1000, float(row["return"])
+                    axis.plot(*at, "k*", ms=9, label="paper's figure, by eye")
+        axis.set(title=env_id.removeprefix("dm_control-"), xlabel="environment steps, thousands")
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("return, last 10 episodes")
@@ -57,8 +62,26 @@ def plot(group: Path) -> None:
     figure.savefig(group.with_suffix(".png"), dpi=110)
 
 
+def ablations() -> None:
+    """One panel per task, one column of dots per variant: last 10 training episodes of every seed."""
+    groups = {"Pendulum-v1": ["pendulum-10k"], "HalfCheetah-v4": ["ablation-60k", "alpha-60k"]}
+    figure, axes = plt.subplots(1, len(groups), figsize=(10, 3.2), layout="constrained")
+    for axis, (env_id, names) in zip(axes, groups.items(), strict=True):
+        returns = defaultdict(list)
+        for run in sorted(path for name in names for path in (HERE / name).glob(f"{env_id}__*")):
+            returns[run.name.split("__")[1]].append(read(run / "episodes.csv", "return")[1][-10:].mean())
+        for i, (label, values) in enumerate(returns.items()):
+            axis.plot([i] * len(values), values, "o", color=COLORS.get(label, "tab:gray"), alpha=0.8)
+        axis.axhline(np.mean(returns["consistent"]), color=COLORS["consistent"], lw=0.8)
+        axis.set_xticks(range(len(returns)), returns, rotation=40, ha="right")
+        axis.set(title=env_id, ylabel="return, last 10 episodes")
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(HERE / "ablations.png", dpi=110)
+
+
 if __name__ == "__main__":
     print("| task | variant | seed | steps | last 10 training episodes | last evaluation | actions on the bound |")
     print("|---|---|---|---|---|---|---|")
     for group in sorted(path for path in HERE.iterdir() if path.is_dir()):
         plot(group)
+    ablations()

@@ -1,0 +1,57 @@
+"""The paper's Figure 4: actions of trained policies where the pole hangs at rest and left and right are equally good.
+
+    python qsm.py --env-id Pendulum-v1 --seed 1 --hidden-dims 256 256 --learning-starts 1000 --total-timesteps 10000
+    pip install matplotlib && python docs/two_modes.py runs/Pendulum-v1__qsm__1__*
+
+One panel per run: 4,000 actions in that state, and the smaller of the two critics' values.
+"""
+
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from qsm import args_of, make_learner, make_schedule, sample_actions
+from runs import load_model
+
+HANGING = {  # observations
+    "Pendulum-v1": [-1.0, 0.0, 0.0],  # cos, sin, speed
+    "dm_control/cartpole-swingup-v0": [0.0, -1.0, 0.0, 0.0, 0.0],  # cart, cos, sin, speeds
+}
+
+
+@torch.no_grad()
+def panel(axis, run: Path) -> None:
+    model = load_model(run / "model.pt")
+    args = args_of(model["args"])
+    obs = torch.tensor([HANGING[args.env_id]])
+    learner = make_learner(args, obs.shape[1], 1, "cpu")
+    learner.score_net.load_state_dict(model["score_net"])
+    learner.critic.load_state_dict(model["critic"])
+    schedule = make_schedule(args.beta_schedule, args.diffusion_steps)
+    noise = torch.randn(args.diffusion_steps + 1, 4000, 1, generator=torch.Generator().manual_seed(0))
+    actions = sample_actions(learner.score_net, obs.expand(4000, -1), noise, schedule)[:, 0]
+    grid = torch.linspace(-1, 1, 101)[:, None]
+    q = learner.critic(obs.expand(101, -1), grid).amin(0)
+
+    shares = [(actions < -0.5).float().mean(), (actions > 0.5).float().mean()]
+    print(f"{run}: {shares[0]:.2f} of the actions below -0.5, {shares[1]:.2f} above 0.5")
+    axis.hist(actions.numpy(), bins=40, range=(-1, 1), color="tab:blue", alpha=0.7)
+    axis.set(title=f"{args.env_id.split('/')[-1]}\n{args.score_target}, seed {args.seed}", xlabel="action", yticks=[])
+    values = axis.twinx()
+    values.plot(grid[:, 0], q, color="tab:orange")
+    values.set_yticks([])
+
+
+if __name__ == "__main__":
+    runs = [Path(path) for path in sys.argv[1:]]
+    figure, axes = plt.subplots(1, len(runs), figsize=(2.3 * len(runs), 2.4), squeeze=False, layout="constrained")
+    for axis, run in zip(axes[0], runs, strict=True):
+        panel(axis, run)
+    axes[0, 0].set_ylabel("samples (blue), Q (orange)")
+    figure.savefig(Path(__file__).with_suffix(".png"), dpi=100)
