@@ -999,7 +999,7 @@ def test_interrupt_that_ends_the_compiler_gets_one_line(monkeypatch, tmp_path, c
 
     monkeypatch.setattr(qsm, "compiled", lambda function, on_cpu: interrupted)
     with pytest.raises(SystemExit, match="130"):
-        qsm.main(Args(**QUICK, compile=True, run_dir=tmp_path))
+        qsm.main(Args(**QUICK | {"compile": True}, run_dir=tmp_path))
     assert "stopped while compiling" in error_line(capsys)
 
 
