@@ -30,7 +30,11 @@ def smooth(values: np.ndarray, width: int = 10) -> np.ndarray:
 
 
 def plot(group: Path) -> None:
-    """One panel per environment, one line per seed: mean of the last 10 training episodes against steps."""
+    """One panel per environment, one line per seed: mean of the last 10 training episodes against steps.
+
+    With a paper.csv in the folder, evaluations and the values in it: the paper's curves are evaluations too.
+    """
+    paper = list(csv.DictReader((group / "paper.csv").open())) if (group / "paper.csv").exists() else []
     runs, colors = defaultdict(list), dict(COLORS)
     for run in sorted(group.iterdir()):
         if run.is_dir():
@@ -42,21 +46,23 @@ def plot(group: Path) -> None:
             steps, returns = read(run / "episodes.csv", "return")
             first = seed == min(s for t, s, _ in seeds if t == target)
             color = colors.setdefault(target, OTHERS[(len(colors) - len(COLORS)) % len(OTHERS)])
-            axis.plot(steps / 1000, smooth(returns), color=color, lw=1.2, label=target if first else None)
             evaluation_steps, evaluations = read(run / "evaluations.csv", "return")
+            curve = steps, smooth(returns)
+            if paper:
+                at = np.unique(evaluation_steps)
+                curve = at, np.array([evaluations[evaluation_steps == step].mean() for step in at])
+            axis.plot(curve[0] / 1000, curve[1], color=color, lw=1.2, label=target if first else None)
             last = evaluations[evaluation_steps == evaluation_steps.max()]
             _, bound = read(run / "scalars.csv", "diffusion/bound_share")
             cells = f"{returns[-10:].mean():.0f}", f"{last.mean():.0f} ± {last.std():.0f}", f"{bound[-10:].mean():.2f}"
             print(f"| {env_id} | {target} | {seed[4:]} | {evaluation_steps.max():,} | {' | '.join(cells)} |")
-        if (group / "paper.csv").exists():
-            for row in csv.DictReader((group / "paper.csv").open()):
-                if row["env_id"] == env_id:
-                    at = float(row["step"]) / 1000, float(row["return"])
-                    axis.plot(*at, "k*", ms=9, label="paper's figure, by eye")
+        for row in paper:
+            if row["env_id"] == env_id:
+                axis.plot(float(row["step"]) / 1000, float(row["return"]), "k*", ms=9, label="paper, by eye")
         axis.set(title=env_id.removeprefix("dm_control-"), xlabel="environment steps, thousands")
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].set_ylabel("return, last 10 episodes")
+    axes[0, 0].set_ylabel("return, mean of 10 evaluation episodes" if paper else "return, last 10 episodes")
     for axis in axes[0]:
         axis.legend(frameon=False, fontsize="small")
     figure.savefig(group.with_suffix(".png"), dpi=110)
@@ -82,6 +88,6 @@ def ablations() -> None:
 if __name__ == "__main__":
     print("| task | variant | seed | steps | last 10 training episodes | last evaluation | actions on the bound |")
     print("|---|---|---|---|---|---|---|")
-    for group in sorted(path for path in HERE.iterdir() if path.is_dir()):
+    for group in sorted(path for path in HERE.iterdir() if path.is_dir() and not path.name.startswith("pendulum")):
         plot(group)
     ablations()
