@@ -45,9 +45,9 @@ from envs import finished_episodes, make_envs, true_next_obs
 from networks import Critic, ScoreNet
 from runs import CheckpointError, RunFolder, StopRequest, stop
 
-# "consistent": with the DDPM sampler, see eps_target. Evidence for the values: "alpha, T and c" in results/README.md; c is
-# eps_clip, below. T = 20 samples nearer to the exact density (Wasserstein-1 distance 0.06 against 0.08), and an update
-# takes 1.3 times as long.
+# "consistent" with the DDPM sampler: see eps_target. Evidence for the values: "alpha, T and c" in results/README.md; c
+# is eps_clip, below. T = 20 samples nearer to the exact density (Wasserstein-1 distance 0.06 against 0.08), and an
+# update takes 1.3 times as long.
 PRESETS = {
     "consistent": {"alpha": 10.0, "diffusion_steps": 10, "beta_schedule": "cosine", "normalize_q_grad": True},
     "released": {"alpha": 50.0, "diffusion_steps": 5, "beta_schedule": "vp", "normalize_q_grad": False},
@@ -263,7 +263,7 @@ def actor_loss(
     """
     alphas_cumprod = schedule.alphas_cumprod[noise.t, None]  # (B, 1)
     sigma = (1 - alphas_cumprod).sqrt()  # (B, 1)
-    noisy_actions = alphas_cumprod.sqrt() * batch.actions + sigma * noise.actions  # (B, A), not clamped (SML:260)
+    noisy_actions = alphas_cumprod.sqrt() * batch.actions + sigma * noise.actions  # (B, A), not clamped (SML:259)
     q_grad = q_gradient(critic, batch.obs, noisy_actions)  # (B, A)
     q_grad_abs = q_grad.abs().mean()
     q_scale = q_scale.lerp(torch.stack([q_grad_abs, torch.ones_like(q_grad_abs)]), 0.001)
