@@ -47,9 +47,9 @@ def record(part: str, setting: str, variant: str, value: float, unit: str = "ms"
 
 
 def median_ms(function, seconds: float = 6.0) -> float:
-    times, end = [], time.perf_counter() + seconds
-    for _ in range(5):  # warms up
+    for _ in range(5):  # compiles and warms up
         function()
+    times, end = [], time.perf_counter() + seconds
     while time.perf_counter() < end and len(times) < 1000:
         start = time.perf_counter()
         function()
