@@ -62,7 +62,7 @@ def plot(group: Path) -> None:
         axis.set(title=env_id.removeprefix("dm_control-"), xlabel="environment steps, thousands")
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].set_ylabel("return, mean of 10 evaluation episodes" if paper else "return, last 10 episodes")
+    axes[0, 0].set_ylabel("return, 10 evaluation episodes" if paper else "return, last 10 episodes")
     for axis in axes[0]:
         axis.legend(frameon=False, fontsize="small")
     figure.savefig(group.with_suffix(".png"), dpi=110)
