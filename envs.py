@@ -178,6 +178,20 @@ def true_next_obs(next_obs: np.ndarray, dones: np.ndarray, infos: dict) -> np.nd
     return next_obs
 
 
+def finite_float32(*arrays: np.ndarray) -> list[np.ndarray]:
+    """Arrays of one row per environment, in float32.
+
+    Raises:
+        FloatingPointError: with one line to show, if a value is not finite there: 1e39 is so in float64 only.
+    """
+    with np.errstate(over="ignore"):
+        arrays = [x.astype(np.float32) for x in arrays]
+    finite = np.isfinite(np.column_stack(arrays)).all(1)  # (N,)
+    if not finite.all():
+        raise FloatingPointError(f"environment {finite.argmin()} diverged: its reward or observation is not finite")
+    return arrays
+
+
 def finished_episodes(dones: np.ndarray, infos: dict) -> list[tuple[int, float, int]]:
     """(environment index, return, length) of each episode that ended in this step."""
     if not dones.any():

@@ -15,19 +15,16 @@ denoising chain. One update (Algorithm 1), on a batch (s, a, r, s'):
     python qsm.py --evaluate runs/<run> --eval-episodes 20
     python qsm.py --help
 
-Needs beside it networks.py, buffer.py, envs.py and runs.py. "Released" below means the authors' JAX code, github.com/
-Alescontrela/score_matching_rl at 2e77893; SML is its jaxrl5/agents/score_matching/score_matching_learner.py and DIF
-its jaxrl5/networks/diffusion.py. Where paper and released code differ, the line says which one it follows.
+Needs beside it networks.py, buffer.py, envs.py, fast.py and runs.py. "Released" below means the authors' JAX code,
+github.com/Alescontrela/score_matching_rl at 2e77893; SML is its jaxrl5/agents/score_matching/score_matching_learner.py
+and DIF its jaxrl5/networks/diffusion.py. Where paper and released code differ, the line says which one it follows.
 """
 
 import atexit
 import copy
-import ctypes
 import math
 import os
 import random
-import shutil
-import sys
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -41,7 +38,8 @@ from tqdm import tqdm
 
 import runs
 from buffer import Batch, ReplayBuffer
-from envs import finished_episodes, make_envs, true_next_obs
+from envs import finished_episodes, finite_float32, make_envs, true_next_obs
+from fast import Adam, decide, faster
 from networks import Critic, ScoreNet
 from runs import CheckpointError, RunFolder, StopRequest, stop
 
@@ -282,39 +280,6 @@ def actor_loss(
 # ---------------------------------------------------------------------------------------------------------- update
 
 
-class Adam(torch.nn.Module):
-    """Adam with betas 0.9 and 0.999 and epsilon 1e-8, as in torch.optim and in the released code's optax.
-
-    Written out, so that the whole update is one graph: torch.optim.Adam does its bookkeeping on the host.
-    """
-
-    def __init__(self, net: torch.nn.Module, lr: float):
-        super().__init__()
-        self.register_buffer("lr", torch.tensor(lr))  # a tensor, to be changed in place
-        self.register_buffer("steps", torch.zeros((), dtype=torch.float64))  # 1 - 0.999^t in float32: 5 digits
-        self.exp_avg, self.exp_avg_sq = (copy.deepcopy(net).requires_grad_(False) for _ in range(2))
-        for moment in self.parameters():
-            moment.zero_()
-
-    @torch.no_grad()
-    def step(self, net: torch.nn.Module, grads: tuple[torch.Tensor, ...], loss: torch.Tensor) -> torch.Tensor:
-        """A step, left out where the loss is NaN or infinite; returns 1.0 there, else 0.0.
-
-        Decided on the device, as in torch.amp.GradScaler: the host does not wait.
-        """
-        finite = loss.isfinite()
-        self.steps += finite
-        bias1, bias2 = (1 - beta ** self.steps.clamp_min(1) for beta in (0.9, 0.999))
-        lr = finite * self.lr / bias1
-        moments = self.exp_avg.parameters(), self.exp_avg_sq.parameters()
-        for parameter, grad, exp_avg, exp_avg_sq in zip(net.parameters(), grads, *moments, strict=True):
-            grad = torch.where(finite, grad, 0)
-            exp_avg.lerp_(grad, 0.1 * finite)
-            exp_avg_sq.lerp_(grad.square(), 0.001 * finite)
-            parameter -= lr * exp_avg / ((exp_avg_sq / bias2).sqrt() + 1e-8)
-        return 1.0 - finite.float()
-
-
 class Learner(NamedTuple):
     """Everything that an update changes."""
 
@@ -356,76 +321,6 @@ def update(learner: Learner, batch: Batch, noise: Noise, schedule: Schedule, arg
     losses = {"critic_loss": q_loss.detach(), "actor_loss": eps_loss.detach(), "q_values": q.mean()}
     losses["skipped_steps"] = skipped.clone()
     return {f"losses/{name}": value for name, value in losses.items()} | metrics
-
-
-def compiled(function, on_cpu: bool):
-    """torch.compile of `update` or `sample_actions`, as one graph; it compiles in the first call."""
-    whole = hasattr(torch._dynamo.config, "trace_autograd_ops")  # without, torch.autograd.grad breaks the graph
-    if whole:
-        torch._dynamo.config.trace_autograd_ops = True
-    return torch.compile(function, fullgraph=whole, options={"cpp_wrapper": on_cpu})
-
-
-def with_fast_matmul(update):
-    """`update` with oneDNN's float32 kernels in place of MKL's, which are slow on AMD; only where they are exact.
-
-    They are what "medium" selects on a CPU. With AMX it would round to bfloat16, and on CUDA too. Outside the update
-    matrices have few rows, for which MKL's are faster.
-    """
-    x = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
-    torch.set_float32_matmul_precision("medium")
-    exact = (x[0] @ x[1] - x[0].double() @ x[1].double()).abs().max() < 1e-3  # float32: 1e-5, bfloat16: 0.1
-    torch.set_float32_matmul_precision("highest")
-
-    def fast_update(*args):
-        torch.set_float32_matmul_precision("medium")
-        try:
-            return update(*args)
-        finally:
-            torch.set_float32_matmul_precision("highest")
-
-    return fast_update if exact else update
-
-
-def keep_freed_memory() -> None:
-    """On Linux glibc would give freed tensors back to the kernel, and each update fault in 1,000 new pages."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, its maximum
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
-def capture_update(update, learner: Learner, obs_dim: int, act_dim: int, schedule: Schedule, args: Args):
-    """An `update` as one CUDA graph, launched at once: same arguments, same results, same `learner` in every call.
-
-    Batch and noise are copied into the tensors that the graph was captured with, so that noise is fresh on every
-    replay. The metrics are the graph's own and change with the next call.
-    """
-    device, T = schedule.betas.device, args.diffusion_steps
-    shapes = ((obs_dim,), (act_dim,), (), (obs_dim,), ())
-    batch = Batch(*(torch.zeros(args.batch_size, *shape, device=device) for shape in shapes))
-    noise = draw_noise(T, args.batch_size, act_dim, torch.Generator(device))
-    changed = [x.data for net in learner[:5] for x in net.state_dict().values()] + [learner.q_scale, learner.skipped]
-    before = [x.clone() for x in changed]
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):  # compiles, and makes what is made on first use
-        for _ in range(3):
-            update(learner, batch, noise, schedule, args)
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        metrics = update(learner, batch, noise, schedule, args)
-    for x, value in zip(changed, before, strict=True):
-        x.copy_(value)
-
-    def replay(learner: Learner, new_batch: Batch, new_noise: Noise, schedule: Schedule, args: Args):
-        for x, value in zip((*batch, *noise), (*new_batch, *new_noise), strict=True):
-            x.copy_(value)
-        graph.replay()
-        return dict(metrics)
-
-    return replay
 
 
 def actor_lr_at(num_updates: int, args: Args) -> float:
@@ -538,10 +433,7 @@ def train(args: Args) -> Path:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
         torch.use_deterministic_algorithms(True)
     device = runs.get_device(args.device)
-    if args.compile is None:
-        args.compile = args.utd * args.total_timesteps > 20_000 and (device.type == "cuda" or bool(shutil.which("g++")))
-    if args.cuda_graph is None:
-        args.cuda_graph = device.type == "cuda"
+    decide(args, device)
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
@@ -592,28 +484,7 @@ def train(args: Args) -> Path:
         run.log_evaluation(global_step, candidates, episodes)
 
     stop_request = StopRequest()
-
-    def stoppable(function):
-        def call(*arguments):
-            try:
-                return function(*arguments)
-            except Exception:
-                if stop_request.signum:  # Ctrl-C ends the compiler's processes too, in the first call
-                    stop("stopped while compiling; older checkpoints are as they were", code=128 + stop_request.signum)
-                raise
-
-        return call
-
-    act, update_once = sample_actions, update
-    # Delete this block, and only speed changes.
-    if args.compile:
-        act, update_once = (stoppable(compiled(f, device.type == "cpu")) for f in (act, update_once))
-    if args.cuda_graph:
-        update_once = capture_update(update_once, learner, obs_dim, act_dim, schedule, args)
-    if device.type == "cpu":
-        update_once = with_fast_matmul(update_once)
-        keep_freed_memory()
-
+    act, update_once = faster(sample_actions, update, args, device)  # without this line only speed differs
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True, mininterval=1.0)
     if args.eval_every and not saved:
         run_evaluation()
@@ -643,18 +514,13 @@ def train(args: Args) -> Path:
             metrics = update_once(learner, batch, draw_noise(T, args.batch_size, act_dim, rng), schedule, args)
             num_updates += 1
 
-        # 3. Store, in float32, if it is finite there: 1e39 is so in float64 only.
+        # 3. Store, in float32.
         try:
             next_obs, rewards, terminations, truncations, infos = envs.step_wait()
-        except ChildProcessError as error:
+            dones = terminations | truncations
+            rewards, next_obs, final_obs = finite_float32(rewards, next_obs, true_next_obs(next_obs, dones, infos))
+        except (ChildProcessError, FloatingPointError) as error:
             give_up(error)
-        dones = terminations | truncations
-        with np.errstate(over="ignore"):
-            rewards, next_obs = rewards.astype(np.float32), next_obs.astype(np.float32)
-            final_obs = true_next_obs(next_obs, dones, infos)
-        finite = np.isfinite(np.column_stack([rewards, next_obs, final_obs])).all(1)  # (N,)
-        if not finite.all():
-            give_up(f"environment {finite.argmin()} diverged: its reward or observation is not finite")
         buffer.add(Batch(obs_tensor, actions, *(to_tensor(x, device) for x in (rewards, final_obs, terminations))))
         obs = next_obs
         global_step += args.num_envs

@@ -87,13 +87,17 @@ def errors_in_one_line():
     """What a user can mend ends the program with one line that says how."""
     try:
         yield
-    except CheckpointError as error:
-        stop(error, code=2)
-    except torch.OutOfMemoryError as error:
-        advice = "try a lower --batch-size, --hidden-dims or --buffer-size, or --device cpu"
-        stop(f"out of GPU memory, {advice}: {one_line(error)}")
-    except OSError as error:
-        stop(f"cannot write {error.filename or 'to the folder of the run'}: {error.strerror or error}")
+    except Exception as error:
+        if StopRequest.signum:  # Ctrl-C ends the compiler's processes too
+            stop("stopped while compiling; older checkpoints are as they were", code=128 + StopRequest.signum)
+        if isinstance(error, CheckpointError):
+            stop(error, code=2)
+        if isinstance(error, torch.OutOfMemoryError):
+            advice = "try a lower --batch-size, --hidden-dims or --buffer-size, or --device cpu"
+            stop(f"out of GPU memory, {advice}: {one_line(error)}")
+        if isinstance(error, OSError):
+            stop(f"cannot write {error.filename or 'to the folder of the run'}: {error.strerror or error}")
+        raise
 
 
 def start_tracking(path: Path, args: dict) -> None:
@@ -203,13 +207,15 @@ def write_evaluation(path: Path, policy: str, global_step: int, protocol: dict, 
 class StopRequest:
     """`signum` becomes that of SIGTERM or Ctrl-C, so that a loop can end its step first; a second signal kills."""
 
+    signum = 0  # of the class: there is one signal handler in a process
+
     def __init__(self):
-        self.signum = 0
+        StopRequest.signum = 0
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, self)
 
     def __call__(self, signum: int, frame) -> None:
-        self.signum = signum
+        StopRequest.signum = signum
         self.restore()
 
     def restore(self) -> None:

@@ -47,6 +47,7 @@ import torch
 import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import fast
 import networks
 import qsm
 import runs
@@ -422,7 +423,7 @@ def test_adam_is_that_of_torch():
     """Over 50 steps of gradients of very different sizes, with a learning rate that changes."""
     net = torch.nn.Linear(3, 2)
     reference = copy.deepcopy(net)
-    ours, theirs = qsm.Adam(net, 1e-2), torch.optim.Adam(reference.parameters(), lr=1e-2)
+    ours, theirs = fast.Adam(net, 1e-2), torch.optim.Adam(reference.parameters(), lr=1e-2)
     for seed in range(50):
         grads = [10 ** (seed % 7 - 4) * torch.randn(p.shape, generator=generator(seed)) for p in net.parameters()]
         ours.lr.fill_(1e-2 / (1 + seed))
@@ -450,7 +451,7 @@ def test_critic_learns_a_known_value():
 def compiled_update():
     if not shutil.which("g++"):
         pytest.skip("torch.compile needs g++ on the CPU")
-    yield qsm.compiled(update, on_cpu=True)
+    yield fast.compiled(update, on_cpu=True)
     torch.compiler.reset()
 
 
@@ -482,7 +483,7 @@ def test_compiled_mish_is_mish(monkeypatch):
 
 def test_fast_matmul_is_float32_and_only_in_the_update():
     x, y = torch.randn(2, 200, 200, generator=generator())
-    product = qsm.with_fast_matmul(torch.matmul)(x, y)
+    product = fast.with_fast_matmul(torch.matmul)(x, y)
     torch.testing.assert_close(product.double(), x.double() @ y.double(), rtol=1e-4, atol=1e-4)
     assert torch.get_float32_matmul_precision() == "highest"
 
@@ -494,7 +495,7 @@ def test_captured_updates_agree_with_eager_and_draw_fresh_noise():
     for captured in (False, True):
         torch.manual_seed(0)
         learner = make_learner(args, OBS, ACT, "cuda")
-        step = qsm.capture_update(update, learner, OBS, ACT, schedule, args) if captured else update
+        step = fast.captured(update) if captured else update
         rng, losses = torch.Generator("cuda").manual_seed(0), []
         batch = Batch(*(x.cuda() for x in random_batch(16)))
         for _ in range(4):
@@ -997,7 +998,7 @@ def test_interrupt_that_ends_the_compiler_gets_one_line(monkeypatch, tmp_path, c
         os.kill(os.getpid(), signal.SIGINT)
         raise RuntimeError("the compiler was killed")
 
-    monkeypatch.setattr(qsm, "compiled", lambda function, on_cpu: interrupted)
+    monkeypatch.setattr(fast, "compiled", lambda function, on_cpu: interrupted)
     with pytest.raises(SystemExit, match="130"):
         qsm.main(Args(**QUICK | {"compile": True}, run_dir=tmp_path))
     assert "stopped while compiling" in error_line(capsys)
@@ -1307,7 +1308,7 @@ def test_full_disk_while_logging_stops_with_one_line(monkeypatch, tmp_path, caps
 
 
 def test_every_argument_is_read():
-    source = "".join((ROOT / name).read_text() for name in ("qsm.py", "runs.py"))
+    source = "".join((ROOT / name).read_text() for name in ("qsm.py", "runs.py", "fast.py"))
     for field in fields(Args):
         read = rf"""\bargs(\.|\["){field.name}\b"""
         assert re.search(read, source), f"{field.name} is declared and never read"

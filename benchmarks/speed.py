@@ -2,10 +2,11 @@
 
     python benchmarks/speed.py                                  # all parts below, on CUDA when there is one
     python benchmarks/speed.py update --released /tmp/released   # beside the authors' JAX learner, jitted, float32
-    python benchmarks/speed.py update scaling loop envs startup
+    python benchmarks/speed.py update scaling profile loop envs startup
 
 update:  one gradient update (critics and actor) at four sizes; eager, compiled and, on CUDA, as a CUDA graph
 scaling: time per update against batch size, width of the networks and denoising steps
+profile: where the time of an update goes: matrix products on a CPU; kernels, their sum and the gaps on CUDA
 loop:    wall time of training on Humanoid-v4 at one update per step, against updates alone and stepping alone
 envs:    environment steps per second against the number of environments, in one process and with workers
 startup: seconds from imports to the first step, and memory of the replay buffer against its arithmetic size
@@ -32,6 +33,7 @@ import psutil
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import fast
 import qsm
 from buffer import ReplayBuffer
 from envs import make_envs
@@ -120,12 +122,12 @@ def our_update(
         stored.normal_()
     buffer.size = buffer.capacity
     torch.compiler.reset()
-    update = qsm.compiled(qsm.update, device.type == "cpu") if "compiled" in mode else qsm.update
+    update = fast.compiled(qsm.update, device.type == "cpu") if "compiled" in mode else qsm.update
     if "graph" in mode:
-        update = qsm.capture_update(update, learner, obs_dim, act_dim, schedule, args)
+        update = fast.captured(update)
     if device.type == "cpu":
-        update = qsm.with_fast_matmul(update)
-        qsm.keep_freed_memory()
+        update = fast.with_fast_matmul(update)
+        fast.keep_freed_memory()
 
     def function() -> None:
         batch = buffer.gather(buffer.sample_indices(batch_size, rng))
@@ -195,6 +197,38 @@ def part_scaling(device: torch.device, clone: Path | None) -> None:
             first = first or ms
             cells.append(f"{value}: {ms:.2f} ({ms / first:.1f})")
         print(f"{name}: " + ", ".join(cells), flush=True)
+
+
+def part_profile(device: torch.device, clone: Path | None) -> None:
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    cuda, updates = device.type == "cuda", 50
+    mode = "compiled graph" if cuda else "compiled"
+    torch._inductor.config.cpp.enable_kernel_profile = True  # or matrix products in the C++ wrapper have no name
+    print(f"\nO = 17, A = 6, batch 256, {mode}: where the time of an update goes")
+    for width in (256, 512):
+        for diffusion_steps in (5, 10, 20):
+            setting = f"width {width} T {diffusion_steps}"
+            function = our_update(mode, 17, 6, width, device, diffusion_steps=diffusion_steps)
+            ms = record("profile", setting, mode, median_ms(function))
+            with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as trace:
+                for _ in range(updates):
+                    function()
+            line = f"{setting}: {ms:.2f} ms, {1e3 / ms:.0f} updates a second; "
+            if cuda:
+                kernels = [e.time_range.elapsed_us() for e in trace.events() if e.device_type == DeviceType.CUDA]
+                number = record("profile", setting, "kernels", len(kernels) / updates, "per update")
+                busy = record("profile", setting, "kernels' time", sum(kernels) / updates / 1e3)
+                line += f"{number:.0f} kernels, together {busy:.2f} ms, gaps {ms - busy:.2f} ms"
+            else:
+                ops = trace.key_averages()
+                products = sum(op.self_cpu_time_total for op in ops if "mm_out" in op.key)
+                share = products / sum(op.self_cpu_time_total for op in ops)
+                record("profile", setting, "matrix products", share, "share")
+                line += f"matrix products {share:.2f} of it"
+            print(line, flush=True)
+    torch._inductor.config.cpp.enable_kernel_profile = False
 
 
 def part_loop(device: torch.device, clone: Path | None) -> None:
