@@ -25,6 +25,7 @@ import copy
 import math
 import os
 import random
+import re
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -55,7 +56,8 @@ PRESETS = {
 @dataclass
 class Args:
     # --- run ---
-    env_id: str = "Humanoid-v4"  # Gymnasium id with bounded actions; dm_control/walker-walk-v0 and its like need shimmy
+    # Gymnasium id with bounded actions, also module:id; dm_control/walker-walk-v0 and its like need shimmy
+    env_id: str = "Humanoid-v4"
     seed: int = 1  # of Python, NumPy, torch, the environments and the action space
     device: str = "auto"  # auto (CUDA when there is one), cpu, cuda or cuda:N
     deterministic: bool = False  # the same bits on every run on CUDA too, slower; a CPU gives them without it
@@ -462,7 +464,7 @@ def train(args: Args) -> Path:
         global_step, num_updates, saved_obs, metrics, last_returns = saved["loop"]["state"]
         obs = saved_obs if restored else obs  # without the simulators' state, new episodes are started
     else:
-        run_path = args.run_dir / f"{args.env_id.replace('/', '-')}__qsm__{args.seed}__{int(time.time())}"
+        run_path = args.run_dir / f"{re.sub('[/:]', '-', args.env_id)}__qsm__{args.seed}__{int(time.time())}"
     run = RunFolder(run_path, vars(args), resumed_at=global_step if saved else None)
 
     if not args.checkpoint_buffer:

@@ -1307,6 +1307,17 @@ def test_full_disk_while_logging_stops_with_one_line(monkeypatch, tmp_path, caps
     assert load_checkpoint(run / "checkpoint.zip")["loop"]["state"][0] == 40
 
 
+def test_environment_of_a_module(monkeypatch, tmp_path):
+    """--env-id module:id, as gym.make takes it; the folder's name is one that every file system takes."""
+    entry_point = "gymnasium.envs.classic_control:PendulumEnv"
+    text = f"import gymnasium\ngymnasium.register('Toy-v0', '{entry_point}', max_episode_steps=10)\n"
+    (tmp_path / "toy_module.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    run = qsm.main(Args(**QUICK | {"env_id": "toy_module:Toy-v0"}, run_dir=tmp_path / "runs"))
+    assert run.name.startswith("toy_module-Toy-v0__qsm__1__")
+    assert len(list(csv.DictReader((run / "episodes.csv").open()))) == 6
+
+
 def test_every_argument_is_read():
     source = "".join((ROOT / name).read_text() for name in ("qsm.py", "runs.py", "fast.py"))
     for field in fields(Args):

@@ -9,6 +9,7 @@ evaluations.csv as written by qsm.py, scalars.csv (one row per logging step, fro
 
 import argparse
 import csv
+import re
 import shutil
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 def collect(run: Path, destination: Path, label: str | None = None) -> Path:
     """Copy one run below `destination`; returns the new folder."""
     args = torch.load(run / "model.pt", weights_only=True)["args"]
-    folder = destination / f"{args['env_id'].replace('/', '-')}__{label or args['score_target']}__seed{args['seed']}"
+    folder = destination / f"{re.sub('[/:]', '-', args['env_id'])}__{label or args['score_target']}__seed{args['seed']}"
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("episodes.csv", "evaluations.csv"):
         shutil.copy(run / name, folder / name)
