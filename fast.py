@@ -5,6 +5,7 @@ Without `faster` everything is the same up to rounding, only slower. No function
 
 import copy
 import ctypes
+import os
 import shutil
 import sys
 
@@ -45,11 +46,21 @@ class Adam(torch.nn.Module):
 
 
 def decide(args, device: torch.device) -> None:
-    """Set `args.compile` and `args.cuda_graph` where they are None."""
+    """Set `args.compile` and `args.cuda_graph` where they are None.
+
+    Raises:
+        ValueError: with one line to show, if they are True and cannot be had.
+    """
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as torch.compile looks for it
+    can_compile = device.type == "cuda" or bool(shutil.which(compiler))
     if args.compile is None:
-        args.compile = args.utd * args.total_timesteps > 20_000 and (device.type == "cuda" or bool(shutil.which("g++")))
+        args.compile = can_compile and args.utd * args.total_timesteps > 20_000
     if args.cuda_graph is None:
         args.cuda_graph = device.type == "cuda"
+    if args.compile and not can_compile:
+        raise ValueError(f"--compile True needs a C++ compiler on a CPU: install {compiler}, or use --compile False")
+    if args.cuda_graph and device.type != "cuda":
+        raise ValueError(f"--cuda-graph True needs a CUDA device, not {device}")
 
 
 def faster(act, update, args, device: torch.device):

@@ -435,13 +435,13 @@ def train(args: Args) -> Path:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
         torch.use_deterministic_algorithms(True)
     device = runs.get_device(args.device)
-    decide(args, device)
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
 
-    try:  # environments first: worker processes are forked before CUDA starts
-        envs = make_envs(args.env_id, args.num_envs, args.async_envs)
+    try:
+        decide(args, device)
+        envs = make_envs(args.env_id, args.num_envs, args.async_envs)  # worker processes are forked before CUDA starts
         eval_envs = make_envs(args.env_id, args.eval_episodes, asynchronous=False) if args.eval_every else None
         obs_dim, act_dim = dimensions(envs)
         buffer = ReplayBuffer(args.buffer_size, obs_dim, act_dim, device)

@@ -1065,6 +1065,15 @@ def test_impossible_values_are_refused(bad, capsys):
     assert "--" + next(iter(bad)).replace("_", "-") in capsys.readouterr().err
 
 
+def test_compiling_without_a_compiler_is_refused(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match="--compile True needs a C\\+\\+ compiler"):
+        fast.decide(Args(compile=True), torch.device("cpu"))
+    args = Args()  # 990,000 updates: would be compiled
+    fast.decide(args, torch.device("cpu"))
+    assert (args.compile, args.cuda_graph) == (False, False)
+
+
 class Crash(Exception):
     """Stands for a machine that dies right after a checkpoint was written."""
 
@@ -1372,6 +1381,7 @@ def test_readme_snippet_acts_with_a_saved_policy(tmp_path, monkeypatch):
         (("--gamma", "2"), "--gamma"),
         (("--device", "tpu"), "--device"),
         (("--device", "cuda:99"), "--device"),
+        (("--device", "cpu", "--cuda-graph", "True"), "--cuda-graph"),
         (("--run-dir", "/dev/null/runs"), "/dev/null"),
     ],
 )
