@@ -1,7 +1,9 @@
 """The paper's Figure 4: actions of trained policies where the pole hangs at rest and left and right are equally good.
 
-    python qsm.py --env-id Pendulum-v1 --seed 1 --hidden-dims 256 256 --learning-starts 1000 --total-timesteps 10000
-    pip install matplotlib && python docs/two_modes.py runs/Pendulum-v1__qsm__1__*
+    pip install matplotlib 'shimmy[dm-control]'
+    python qsm.py --env-id docs.swingup:CartpoleSwingup-v0 --seed 1 --hidden-dims 256 256 --learning-starts 2000 \
+        --total-timesteps 10000 --compile True
+    python docs/two_modes.py runs/docs.swingup-CartpoleSwingup-v0__qsm__1__*
 
 One panel per run: 4,000 actions in that state, and the smaller of the two critics' values.
 """
@@ -22,6 +24,7 @@ from runs import load_model
 HANGING = {  # observations
     "Pendulum-v1": [-1.0, 0.0, 0.0],  # cos, sin, speed
     "dm_control/cartpole-swingup-v0": [0.0, -1.0, 0.0, 0.0, 0.0],  # cart, cos, sin, speeds
+    "docs.swingup:CartpoleSwingup-v0": [0.0, -1.0, 0.0, 0.0, 0.0],
 }
 
 
@@ -42,7 +45,9 @@ def panel(axis, run: Path) -> None:
     shares = [(actions < -0.5).float().mean(), (actions > 0.5).float().mean()]
     print(f"{run}: {shares[0]:.2f} of the actions below -0.5, {shares[1]:.2f} above 0.5")
     axis.hist(actions.numpy(), bins=40, range=(-1, 1), color="tab:blue", alpha=0.7)
-    axis.set(title=f"{args.env_id.split('/')[-1]}\n{args.score_target}, seed {args.seed}", xlabel="action", yticks=[])
+    name = args.env_id.split("/")[-1].split(":")[-1].removesuffix("-v0")
+    title = f"{name}\n{args.score_target}, alpha {args.alpha:.0f}\nseed {args.seed}"
+    axis.set(title=title, xlabel="action", yticks=[])
     values = axis.twinx()
     values.plot(grid[:, 0], q, color="tab:orange")
     values.set_yticks([])
@@ -50,7 +55,7 @@ def panel(axis, run: Path) -> None:
 
 if __name__ == "__main__":
     runs = [Path(path) for path in sys.argv[1:]]
-    figure, axes = plt.subplots(1, len(runs), figsize=(2.3 * len(runs), 2.4), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(runs), figsize=(1.9 * len(runs), 2.6), squeeze=False, layout="constrained")
     for axis, run in zip(axes[0], runs, strict=True):
         panel(axis, run)
     axes[0, 0].set_ylabel("samples (blue), Q (orange)")
