@@ -9,7 +9,7 @@ scaling: time per update against batch size, width of the networks and denoising
 profile: where the time of an update goes: matrix products on a CPU; kernels, their sum and the gaps on CUDA
 loop:    wall time of training on Humanoid-v4 at one update per step, against updates alone and stepping alone
 envs:    environment steps per second against the number of environments, in one process and with workers
-startup: seconds from imports to the first step, and memory of the replay buffer against its arithmetic size
+startup: seconds from imports to environments, networks and buffer; memory of the buffer against its arithmetic size
 
 For --released: git clone https://github.com/Alescontrela/score_matching_rl /tmp/released (2e77893), and
 pip install jax==0.10.2 flax optax (on a GPU jax[cuda12]). On a CPU let nothing else run: the machine is the measure.
@@ -114,6 +114,8 @@ def our_update(
         batch_size=batch_size,
         score_target=score_target,
         diffusion_steps=diffusion_steps,
+        compile="compiled" in mode,
+        cuda_graph="graph" in mode,
     )
     learner = qsm.make_learner(args, obs_dim, act_dim, device)
     schedule = qsm.make_schedule(args.beta_schedule, args.diffusion_steps, device)
@@ -122,12 +124,7 @@ def our_update(
         stored.normal_()
     buffer.size = buffer.capacity
     torch.compiler.reset()
-    update = fast.compiled(qsm.update, device.type == "cpu") if "compiled" in mode else qsm.update
-    if "graph" in mode:
-        update = fast.captured(update)
-    if device.type == "cpu":
-        update = fast.with_fast_matmul(update)
-        fast.keep_freed_memory()
+    _, update = fast.faster(qsm.sample_actions, qsm.update, args, device)
 
     def function() -> None:
         batch = buffer.gather(buffer.sample_indices(batch_size, rng))
@@ -232,7 +229,7 @@ def part_profile(device: torch.device, clone: Path | None) -> None:
 
 
 def part_loop(device: torch.device, clone: Path | None) -> None:
-    """The loop is timed through its own log of steps per second, from the event of the last log interval."""
+    """The loop is timed through its own log of steps per second: the median of the intervals after compiling."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     steps, learning_starts = (1500, 500) if device.type == "cpu" else (6000, 1000)
@@ -313,11 +310,13 @@ def plot(path: Path) -> None:
 def main() -> None:
     parts = {name[5:]: function for name, function in globals().items() if name.startswith("part_")}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[*parts, []], help="default: all")
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(parts)}; default: all")
     parser.add_argument("--released", type=Path, help="folder of a clone of the authors' repository")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
+    if not set(args.parts) <= set(parts):
+        parser.error(f"parts are {', '.join(parts)}")
     device = qsm.runs.get_device(args.device)
     cuda = device.type == "cuda"
     machine = torch.cuda.get_device_name(device) if cuda else f"{os.cpu_count()} cores, {platform.machine()}"
