@@ -29,7 +29,7 @@ class ReplayBuffer:
 
     Raises:
         MemoryError: it will not fit. Memory is taken page by page as the buffer fills, so that without this check a
-            run would end after hours of training.
+            run would end after hours of training. The machine's memory counts: limits of a container are not seen.
     """
 
     def __init__(self, capacity: int, obs_dim: int, act_dim: int, device: torch.device | str = "cpu"):

@@ -73,7 +73,7 @@ class Snapshot(gym.Wrapper):
         states = [{k: v for k, v in vars(layer).items() if k not in self.SHARED} for layer in self.layers()]
         try:
             return pickle.dumps(states)
-        except (TypeError, AttributeError, pickle.PicklingError):
+        except Exception:  # TypeError, AttributeError, ValueError, ...: each simulator fails in its own way
             return None
 
     @snapshot.setter
@@ -119,9 +119,10 @@ def make_env(env_id: str, video: Path | None = None) -> gym.Env:
             warnings.filterwarnings("ignore", message=".*is out of date")  # v4 is what the published tables use
             warnings.filterwarnings("ignore", message=".*Overwriting existing videos")
             env = record(env_id, video) if video else gym.make(env_id)
-    except (gym.error.Error, ImportError, AttributeError) as error:  # the last when MUJOCO_GL names a missing library
+    except Exception as error:  # of an environment's constructor, or when MUJOCO_GL names a missing library
         hint = " (MUJOCO_GL=egl needs libegl1, MUJOCO_GL=osmesa needs libosmesa6)" if "MUJOCO_GL" in os.environ else ""
-        raise ValueError(f"cannot make the environment {env_id}: {str(error).splitlines()[0]}{hint}") from None
+        reason = next(iter(str(error).splitlines()), repr(error))
+        raise ValueError(f"cannot make the environment {env_id}: {reason}{hint}") from None
 
     if not isinstance(env.action_space, gym.spaces.Box):
         raise ValueError(f"{env_id} has the action space {env.action_space}; QSM needs a continuous one (Box)")
@@ -137,9 +138,6 @@ def make_env(env_id: str, video: Path | None = None) -> gym.Env:
     # clamp and alpha then mean the same on every task. RescaleAction does not clip, the sampler's clamp does.
     one = env.action_space.dtype.type(1)
     env = gym.wrappers.RescaleAction(env, -one, one)
-    if multiprocessing.parent_process():  # a worker: Ctrl-C and a scheduler's SIGTERM reach it with the main process,
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # which still needs it to end its step and write a checkpoint
-        signal.signal(signal.SIGTERM, lambda signum, frame: signal.alarm(60))
     return Snapshot(gym.wrappers.RecordEpisodeStatistics(env))  # the vector form of the latter would hide step_async
 
 
@@ -161,7 +159,15 @@ def make_envs(
     if asynchronous is None:
         asynchronous = 1 < num_envs < (os.cpu_count() or 1)
     # Gymnasium's default, NEXT_STEP, would put one bogus transition per episode into the buffer.
-    makers = [lambda: make_env(env_id, video)] + [lambda: make_env(env_id)] * (num_envs - 1)
+    main_process = os.getpid()
+
+    def make(video: Path | None = None) -> gym.Env:
+        if os.getpid() != main_process:  # a worker, to which Ctrl-C and a scheduler's SIGTERM come as to the main
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # process, which still needs it to end its step and to
+            signal.signal(signal.SIGTERM, lambda signum, frame: signal.alarm(60))  # write a checkpoint
+        return make_env(env_id, video)
+
+    makers = [lambda: make(video)] + [make] * (num_envs - 1)
     return (AsyncEnvs if asynchronous else SyncEnvs)(makers, autoreset_mode=AutoresetMode.SAME_STEP)
 
 

@@ -1,6 +1,6 @@
 """How an update is made fast: Adam on the device, torch.compile, CUDA graph. Apart from qsm.py: nothing here is of QSM.
 
-Without `faster` everything is the same up to rounding, only slower. No function here waits for the device.
+Without `faster` everything is the same up to rounding, only slower.
 """
 
 import copy
@@ -54,11 +54,11 @@ def decide(args, device: torch.device) -> None:
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as torch.compile looks for it
     can_compile = device.type == "cuda" or bool(shutil.which(compiler))
     if args.compile is None:
-        args.compile = can_compile and args.utd * args.total_timesteps > 20_000
+        args.compile = can_compile and args.utd * (args.total_timesteps - args.learning_starts) > 20_000
     if args.cuda_graph is None:
         args.cuda_graph = device.type == "cuda"
     if args.compile and not can_compile:
-        raise ValueError(f"--compile True needs a C++ compiler on a CPU: install {compiler}, or use --compile False")
+        raise ValueError(f"--compile True needs a C++ compiler on a CPU: install {compiler}")
     if args.cuda_graph and device.type != "cuda":
         raise ValueError(f"--cuda-graph True needs a CUDA device, not {device}")
 
@@ -90,16 +90,17 @@ def with_fast_matmul(update):
     matrices have few rows, for which MKL's are faster.
     """
     x = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
+    outside = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     exact = (x[0] @ x[1] - x[0].double() @ x[1].double()).abs().max() < 1e-3  # float32: 1e-5, bfloat16: 0.1
-    torch.set_float32_matmul_precision("highest")
+    torch.set_float32_matmul_precision(outside)
 
     def fast_update(*args):
         torch.set_float32_matmul_precision("medium")
         try:
             return update(*args)
         finally:
-            torch.set_float32_matmul_precision("highest")
+            torch.set_float32_matmul_precision(outside)
 
     return fast_update if exact else update
 
@@ -113,7 +114,7 @@ def keep_freed_memory() -> None:
 
 
 def captured(update):
-    """`update` as one CUDA graph, captured in the first call: same arguments, same results, always the same `learner`.
+    """`update` as one CUDA graph, captured in its first call. Called like `update`, always with the first learner.
 
     Batch and noise are copied into the tensors that the graph was captured with, so that noise is fresh on every
     replay. The metrics are the graph's own and change with the next call.

@@ -59,7 +59,7 @@ class ScoreNet(nn.Module):
         obs_dim: int,
         act_dim: int,
         hidden_dims: Sequence[int] = (512, 512),
-        diffusion_steps: int = 5,
+        diffusion_steps: int = 10,
         time_dim: int = 64,
         time_hidden: int = 128,
     ):

@@ -5,7 +5,8 @@ arXiv 2312.11752. A policy pi(a|s) ~ exp(alpha Q(s, a)) has the score grad_a log
 denoiser of a diffusion policy onto that action gradient of the critic, instead of back-propagating through the
 denoising chain. One update (Algorithm 1), on a batch (s, a, r, s'):
 
-    y = r + gamma min_i Q'_i(s', a'),  a' ~ sample_actions(score_net, s')   critics: mean (Q_i(s, a) - y)^2
+    y = r + gamma (1 - terminated) min_i Q'_i(s', a'),  a' ~ sample_actions(score_net, s')
+    critics: mean (Q_i(s, a) - y)^2
     a_t = sqrt(alphas_cumprod_t) a + sigma_t noise                          forward diffusion of the replayed action
     eps_target = clip(sigma_t (a_t - alpha dQ/da(s, a_t)), -c, c)           eps is minus sigma_t times the score
     score_net: mean (eps_theta(s, a_t, t) - eps_target)^2                   sigma_t = sqrt(1 - alphas_cumprod_t)
@@ -56,7 +57,8 @@ PRESETS = {
 @dataclass
 class Args:
     # --- run ---
-    # Gymnasium id with bounded actions, also module:id; dm_control/walker-walk-v0 and its like need shimmy
+
+    # Gymnasium id with bounded actions, or module:id; dm_control/walker-walk-v0 and its like need shimmy
     env_id: str = "Humanoid-v4"
     seed: int = 1  # of Python, NumPy, torch, the environments and the action space
     device: str = "auto"  # auto (CUDA when there is one), cpu, cuda or cuda:N
@@ -201,7 +203,7 @@ def check_shape(name: str, tensor: torch.Tensor, shape: torch.Size) -> None:
 def td_target(
     score_net: ScoreNet, critic_target: Critic, batch: Batch, noise: torch.Tensor, schedule: Schedule, args: Args
 ) -> torch.Tensor:
-    """y = r + gamma min_i Q'_i(s', a'), a' from the current policy (Algorithm 1 line 4; SML:180-210), (B,).
+    """y = r + gamma (1 - terminated) min_i Q'_i(s', a'), a' from the policy (Algorithm 1 line 4; SML:180-210), (B,).
 
     Time limits bootstrap: only a termination, never a truncation, ends the sum of rewards.
     """
@@ -237,8 +239,9 @@ def eps_target(q_grad: torch.Tensor, noisy_actions: torch.Tensor, sigma: torch.T
         step then multiplies the action by 1 / sqrt(alphas_t) > 1 and drives it to the bounds.
     consistent: clip(sigma_t (a_t - alpha dQ/da), -c, c). Without the clip, the DDPM step becomes
         a_{t-1} = sqrt(alphas_t) a_t + betas_t / sqrt(alphas_t) alpha dQ/da + sqrt(betas_t) z,
-        a Langevin step for N(0, I) exp(k alpha Q), k near 2 (docs/score_target.md). The clip keeps eps in the range
-        of the noise that it stands for, which bounds every step: the last ones otherwise overshoot an interior optimum.
+        a Langevin step for N(0, I) exp(k alpha Q), k = 1 + 1 / sqrt(alphas_t), near 2 (docs/score_target.md). The clip
+        keeps eps in the range of the noise that it stands for, which bounds every step: the last ones otherwise
+        overshoot an interior optimum.
     """
     if args.score_target == "released":
         return -args.alpha * q_grad
@@ -398,6 +401,7 @@ def args_of(saved: dict) -> Args:
 
 def evaluate_saved(args: Args) -> Path:
     """--evaluate: print the returns of a saved policy and add them to evaluate.csv in its folder."""
+    runs.name_ignored(args, {"evaluate", "eval_episodes", "eval_candidates", "seed", "device", "capture_video"})
     model = runs.load_model(args.evaluate / "model.pt")
     trained, global_step, seed = args_of(model["args"]), model["global_step"], args.seed + 1_000_000
     video = args.evaluate / "videos" / f"step-{global_step}-seed-{args.seed}" if args.capture_video else None
@@ -426,9 +430,7 @@ def train(args: Args) -> Path:
     """Train, from the start or from a checkpoint, and return the folder of the run."""
     saved, run_path = None, args.resume
     if run_path:
-        ignored = [name for name, value in vars(args).items() if value != vars(Args())[name] and name != "resume"]
-        if ignored:
-            print(f"--resume goes on with the arguments of the run; ignored: {', '.join(ignored)}")
+        runs.name_ignored(args, {"resume"})
         saved = runs.load_checkpoint(run_path / "checkpoint.zip")
         args = args_of(saved["loop"]["args"])
     if args.deterministic:
@@ -480,13 +482,13 @@ def train(args: Args) -> Path:
         stop(f"{reason}. To go on from {where}: --resume {run_path}")
 
     def run_evaluation() -> None:
-        # Seeds apart from the training environments' seed .. seed + num_envs - 1.
-        policy, candidates = (learner.score_net, learner.critic), args.eval_candidates
-        episodes = evaluate(*policy, eval_envs, schedule, args.seed + 1_000_000, candidates)
+        seed = args.seed + 1_000_000  # apart from the training environments' seed .. seed + num_envs - 1
+        candidates = args.eval_candidates
+        episodes = evaluate(learner.score_net, learner.critic, eval_envs, schedule, seed, candidates)
         run.log_evaluation(global_step, candidates, episodes)
 
     stop_request = StopRequest()
-    act, update_once = faster(sample_actions, update, args, device)  # without this line only speed differs
+    act, update_once = faster(sample_actions, update, args, device)  # or sample_actions, update: only speed differs
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True, mininterval=1.0)
     if args.eval_every and not saved:
         run_evaluation()
@@ -508,7 +510,7 @@ def train(args: Args) -> Path:
         # 2. Update while the environments step. Batches lag by one vector step: the transitions under way are not in
         # the buffer yet. The count is exact: floor(utd * environment steps since learning_starts).
         updates_due = math.floor((global_step - args.learning_starts) * args.utd + 1e-9)
-        if buffer.size < min(args.learning_starts, args.buffer_size):  # also after a resume without the buffer
+        if buffer.size < max(1, min(args.learning_starts, args.buffer_size)):  # also after a resume without the buffer
             num_updates = max(num_updates, updates_due)
         while num_updates < updates_due:
             learner.actor_optimizer.lr.fill_(actor_lr_at(num_updates, args))
@@ -523,6 +525,8 @@ def train(args: Args) -> Path:
             rewards, next_obs, final_obs = finite_float32(rewards, next_obs, true_next_obs(next_obs, dones, infos))
         except (ChildProcessError, FloatingPointError) as error:
             give_up(error)
+        except Exception as error:  # a simulator's own, of any kind
+            give_up(f"an environment failed, {type(error).__name__}: {runs.one_line(error)}")
         buffer.add(Batch(obs_tensor, actions, *(to_tensor(x, device) for x in (rewards, final_obs, terminations))))
         obs = next_obs
         global_step += args.num_envs
@@ -537,7 +541,7 @@ def train(args: Args) -> Path:
                 states = buffer.gather(buffer.sample_indices(64, log_rng)).obs
                 noise = torch.randn(T + 1, 16 * 64, act_dim, device=device, generator=log_rng)
                 metrics |= policy_statistics(learner.score_net, states, noise, schedule)
-                values = torch.stack(list(metrics.values())).tolist()  # the only wait for the device
+                values = torch.stack(list(metrics.values())).tolist()  # one transfer for all of them
                 run.log_scalars(global_step, dict(zip(metrics, values, strict=True)))
                 if learner.skipped:
                     skipped = f"{learner.skipped.item():.0f} optimizer steps with a non-finite loss were left out"
@@ -552,7 +556,8 @@ def train(args: Args) -> Path:
             run_evaluation()
             log_time, log_step = time.perf_counter(), global_step  # SPS is the speed of training alone
 
-        if args.checkpoint_every and global_step % args.checkpoint_every < args.num_envs:
+        due = args.checkpoint_every and global_step % args.checkpoint_every < args.num_envs
+        if due and global_step < args.total_timesteps:
             save()
 
     save()

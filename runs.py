@@ -80,6 +80,16 @@ def check_args(args) -> None:
         stop("--capture-video goes with --evaluate")
     if args.evaluate and args.resume:
         stop("--evaluate and --resume exclude each other")
+    if args.learning_starts >= args.total_timesteps and not (args.evaluate or args.resume):
+        print(f"nothing will be learned: --learning-starts {args.learning_starts} random steps are all there are")
+
+
+def name_ignored(args, read: set[str]) -> None:
+    """Print which arguments were given on the command line and are not among those that are read."""
+    defaults = vars(type(args)())
+    ignored = [name for name, value in vars(args).items() if value != defaults[name] and name not in read]
+    if ignored:
+        print(f"the arguments of the run hold; ignored: {', '.join(ignored)}")
 
 
 @contextlib.contextmanager
@@ -89,15 +99,20 @@ def errors_in_one_line():
         yield
     except Exception as error:
         if StopRequest.signum:  # Ctrl-C ends the compiler's processes too
-            stop("stopped while compiling; older checkpoints are as they were", code=128 + StopRequest.signum)
+            where = f"stopped in the middle of a step, as when it compiles ({one_line(error, 80)})"
+            stop(f"{where}; older checkpoints are as they were", code=128 + StopRequest.signum)
         if isinstance(error, CheckpointError):
             stop(error, code=2)
         if isinstance(error, torch.OutOfMemoryError):
             advice = "try a lower --batch-size, --hidden-dims or --buffer-size, or --device cpu"
             stop(f"out of GPU memory, {advice}: {one_line(error)}")
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch's is a RuntimeError
+            stop("out of memory, try a lower --batch-size, --hidden-dims, --diffusion-steps or --eval-candidates")
         if isinstance(error, OSError):
-            stop(f"cannot write {error.filename or 'to the folder of the run'}: {error.strerror or error}")
+            stop(f"{error.filename or 'the folder of the run'}: {error.strerror or error}")
         raise
+    except KeyboardInterrupt:  # outside the loop of a training run, which ends its step first
+        stop("stopped", code=130)
 
 
 def start_tracking(path: Path, args: dict) -> None:

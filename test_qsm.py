@@ -11,11 +11,13 @@ marked with *, which were tried by hand. "Kept" means that the checkpoint and mo
 | worker process of an environment killed | names the environment; saved first | 1 |
 | process killed (SIGKILL) at 50 random moments | kept, and the resumed run is the uninterrupted one, bit for bit | - |
 | SIGTERM, Ctrl-C, also in the middle of a step | ends its step, saves | 143, 130 |
+| Ctrl-C in --evaluate | one line | 130 |
 | full disk while saving | one line, older files kept, training goes on | - |
 | full disk while logging | kept | 1 |
 | run folder exists, or cannot be written to | one line, nothing touched | 1 |
 | checkpoint or model truncated, one bit flipped, empty, foreign, missing, of other sizes | untouched | 2 |
-| GPU out of memory (simulated) | what to lower; kept | 1 |
+| environment that raises an error | names it; saved first | 1 |
+| GPU (simulated) or CPU out of memory | what to lower; kept | 1 |
 | replay buffer larger than the memory | sizes, what to lower, before training | 1 |
 | unknown or discrete environment, impossible or unknown flag, no such device | one line | 1 |
 | wandb, moviepy, shimmy missing | what to install | 1, 2 |
@@ -24,6 +26,7 @@ marked with *, which were tried by hand. "Kept" means that the checkpoint and mo
 
 import copy
 import csv
+import ctypes
 import importlib.util
 import math
 import multiprocessing
@@ -850,7 +853,8 @@ def test_evaluation_of_a_saved_policy_is_the_one_of_the_run(candidates, tmp_path
     printed = capsys.readouterr().out
     assert f"3 episodes, seed 1000001, candidates {candidates}, action_noise 0" in printed
     assert f"mean {returns.mean():.2f}, standard deviation {returns.std():.2f}" in printed
-    qsm.main(Args(evaluate=run, eval_episodes=2))
+    qsm.main(Args(evaluate=run, eval_episodes=2, alpha=3.0))
+    assert "ignored: alpha" in capsys.readouterr().out
     assert len(list(csv.reader((run / "evaluate.csv").open()))) == 1 + 3 + 2
 
 
@@ -993,6 +997,23 @@ def test_killed_worker_is_named_and_the_run_saved(monkeypatch, tmp_path, buffers
     check_transitions(buffers[1], 60)
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_failing_environment_saves_first(asynchronous, buffers, monkeypatch, tmp_path, capsys):
+    def fail(self, action):
+        if self.t == 4:
+            raise RuntimeError("the joints broke")
+        return step(self, action)
+
+    step = Counter.step
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="1"):
+        patch.setattr(Counter, "step", fail)
+        qsm.main(Args(**QUICK, num_envs=2, async_envs=asynchronous, run_dir=tmp_path))
+    assert "an environment failed, RuntimeError: the joints broke" in capsys.readouterr().err
+    (run,) = tmp_path.iterdir()
+    qsm.main(Args(resume=run))
+    check_transitions(buffers[1], 60)
+
+
 def test_interrupt_that_ends_the_compiler_gets_one_line(monkeypatch, tmp_path, capsys):
     def interrupted(*args):
         os.kill(os.getpid(), signal.SIGINT)
@@ -1001,17 +1022,28 @@ def test_interrupt_that_ends_the_compiler_gets_one_line(monkeypatch, tmp_path, c
     monkeypatch.setattr(fast, "compiled", lambda function, on_cpu: interrupted)
     with pytest.raises(SystemExit, match="130"):
         qsm.main(Args(**QUICK | {"compile": True}, run_dir=tmp_path))
-    assert "stopped while compiling" in error_line(capsys)
+    assert re.search("stopped.*the compiler was killed", error_line(capsys))
 
 
-def test_gpu_out_of_memory_gets_one_line(monkeypatch, tmp_path, capsys):
+def test_interrupted_evaluation_gets_one_line(checkpointed, monkeypatch, capsys):
+    monkeypatch.setattr(qsm, "evaluate", lambda *args: signal.raise_signal(signal.SIGINT))
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="130"):
+        qsm.main(Args(evaluate=checkpointed))
+    assert error_line(capsys) == "qsm.py: stopped"
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_out_of_memory_gets_one_line(on_gpu, monkeypatch, tmp_path, capsys):
     def full(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore lines")
+        if on_gpu:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore lines")
+        torch.empty(10**17)
 
     monkeypatch.setattr(qsm, "update", full)
     with pytest.raises(SystemExit, match="1"):
         qsm.main(Args(**QUICK, checkpoint_every=20, run_dir=tmp_path))
-    assert re.search("--batch-size.*2 GiB", error_line(capsys))
+    assert re.search("--batch-size.*2 GiB" if on_gpu else "out of memory.*--batch-size", error_line(capsys))
     (run,) = tmp_path.iterdir()
     assert load_checkpoint(run / "checkpoint.zip")
 
@@ -1069,7 +1101,7 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ValueError, match="--compile True needs a C\\+\\+ compiler"):
         fast.decide(Args(compile=True), torch.device("cpu"))
-    args = Args()  # 990,000 updates: would be compiled
+    args = Args()  # with 990,000 updates, which would be compiled
     fast.decide(args, torch.device("cpu"))
     assert (args.compile, args.cuda_graph) == (False, False)
 
@@ -1138,15 +1170,34 @@ def test_resume_without_the_buffer_fills_a_new_one_first(buffers, monkeypatch, t
     assert sizes == list(range(20, 30))  # learning_starts = 20 steps without updates, then one each, none made up for
 
 
-def test_resume_without_simulators_starts_new_episodes(buffers, monkeypatch, tmp_path):
+def test_resume_without_buffer_and_without_random_steps(buffers, monkeypatch, tmp_path):
+    args = Args(**QUICK | {"learning_starts": 0}, checkpoint_every=30, checkpoint_buffer=False, run_dir=tmp_path)
+    with monkeypatch.context() as patch:
+        crash_after_checkpoint(patch)
+        with pytest.raises(Crash):
+            qsm.main(args)
+    (run,) = tmp_path.iterdir()
+    qsm.main(Args(resume=run))
+    assert load_checkpoint(run / "checkpoint.zip")["loop"]["state"][:2] == (60, 59)  # updates lag by a step
+
+
+def test_each_checkpoint_is_written_once(monkeypatch, tmp_path):
+    steps = []
+    monkeypatch.setattr(runs, "save_checkpoint", lambda path, loop, *args: steps.append(loop["state"][0]))
+    qsm.main(Args(**QUICK, checkpoint_every=20, run_dir=tmp_path))
+    assert steps == [20, 40, 60]
+
+
+@pytest.mark.parametrize("handle", [lambda: None, ctypes.pointer(ctypes.c_int())])  # TypeError or so, ValueError
+def test_resume_without_simulators_starts_new_episodes(handle, buffers, monkeypatch, tmp_path):
     """A simulator that cannot be pickled: the resumed run is another one, but none of its transitions is wrong."""
     reset = Counter.reset
 
-    def reset_and_hold_a_lambda(self, **kwargs):
-        self.handle = lambda: None
+    def reset_and_hold_a_handle(self, **kwargs):
+        self.handle = handle
         return reset(self, **kwargs)
 
-    monkeypatch.setattr(Counter, "reset", reset_and_hold_a_lambda)
+    monkeypatch.setattr(Counter, "reset", reset_and_hold_a_handle)
     with monkeypatch.context() as patch:
         crash_after_checkpoint(patch)
         with pytest.raises(Crash):
