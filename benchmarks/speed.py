@@ -71,7 +71,7 @@ def one_side(connection, build, *arguments) -> None:
         connection.send(times)
 
 
-def in_turns(sides: dict[str, tuple], seconds: float = 12.0) -> dict[str, tuple[float, float]]:
+def in_turns(sides: dict, seconds: float = 12.0) -> dict:
     """Median milliseconds and seconds of the first call of each side, whose functions are made by build(*arguments).
 
     Every side has a process of its own, which waits while the others have their turn of 25 calls, of which the first
@@ -184,15 +184,16 @@ def part_scaling(device: torch.device, clone: Path | None) -> None:
     mode = "compiled graph" if device.type == "cuda" else "compiled"
     print(f"\nO = 17, A = 6, {mode}, otherwise {default}: ms per update (relative to the first)")
     for name, values in sweeps.items():
-        cells, first = [], None
+        sides = {}
         for value in values:
             flags = default | {name: value}
-            function = our_update(
-                mode, 17, 6, flags["width"], device, flags["batch_size"], diffusion_steps=flags["diffusion_steps"]
-            )
-            ms = record("scaling", f"{name} {value}", mode, median_ms(function))
-            first = first or ms
-            cells.append(f"{value}: {ms:.2f} ({ms / first:.1f})")
+            size = 17, 6, flags["width"], device, flags["batch_size"], "consistent", flags["diffusion_steps"]
+            sides[value] = our_update, mode, *size
+        times = {value: ms for value, (ms, _) in in_turns(sides, seconds=6.0).items()}
+        cells = []
+        for value, ms in times.items():
+            record("scaling", f"{name} {value}", mode, ms)
+            cells.append(f"{value}: {ms:.2f} ({ms / times[values[0]]:.1f})")
         print(f"{name}: " + ", ".join(cells), flush=True)
 
 
@@ -228,30 +229,36 @@ def part_profile(device: torch.device, clone: Path | None) -> None:
     torch._inductor.config.cpp.enable_kernel_profile = False
 
 
-def part_loop(device: torch.device, clone: Path | None) -> None:
-    """The loop is timed through its own log of steps per second: the median of the intervals after compiling."""
+def loop_ms(device: torch.device) -> float:
+    """Milliseconds per step of a training run, from its own log: the median of the intervals after compiling."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    steps, learning_starts = (1500, 500) if device.type == "cpu" else (6000, 1000)
-    update_alone = our_update("compiled graph" if device.type == "cuda" else "compiled", 376, 17, 512, device)
-    before = median_ms(update_alone)
+    steps, learning_starts = (1250, 500) if device.type == "cpu" else (6000, 1000)
     with tempfile.TemporaryDirectory() as folder:
-        flags = {"total_timesteps": steps, "learning_starts": learning_starts, "eval_every": 0, "log_every": 250}
+        flags = {"total_timesteps": steps, "learning_starts": learning_starts, "eval_every": 0, "log_every": 125}
         flags |= {"compile": True, "checkpoint_every": 0, "run_dir": Path(folder), "device": str(device)}
         run = qsm.main(qsm.Args(**flags))
         events = EventAccumulator(str(run))
         events.Reload()
-        speeds = [e.value for e in events.Scalars("charts/SPS") if e.step > learning_starts + 250]
-    loop = record("loop", "Humanoid-v4", "loop", 1e3 / statistics.median(speeds))
-    update = record("loop", "Humanoid-v4", "update alone", (before + median_ms(update_alone)) / 2)
+        speeds = [e.value for e in events.Scalars("charts/SPS") if e.step > learning_starts + 125]
+    return 1e3 / statistics.median(speeds)
+
+
+def part_loop(device: torch.device, clone: Path | None) -> None:
+    update_alone = our_update("compiled graph" if device.type == "cuda" else "compiled", 376, 17, 512, device)
     envs = make_envs("Humanoid-v4", 1)
     envs.reset(seed=0)
     step = record("loop", "Humanoid-v4", "step alone", median_ms(lambda: envs.step(envs.action_space.sample())))
     envs.close()
-    print(
-        f"\nHumanoid-v4, defaults: {loop:.2f} ms a step; update alone {update:.2f}, environment step alone {step:.2f};"
-    )
-    print(f"loop / larger of the two: {loop / max(update, step):.2f}")
+    ratios, before = [], median_ms(update_alone)
+    for i in range(3):
+        loop = record("loop", f"Humanoid-v4 {i}", "loop", loop_ms(device))
+        after = median_ms(update_alone)
+        update = record("loop", f"Humanoid-v4 {i}", "update alone", (before + after) / 2)
+        ratios.append(loop / max(update, step))
+        before = after
+        print(f"\nHumanoid-v4: {loop:.2f} ms a step; update alone {update:.2f} ms, environment step {step:.2f} ms")
+    print(f"loop / larger of the two: {statistics.median(ratios):.2f} (of {', '.join(f'{x:.2f}' for x in ratios)})")
 
 
 def part_envs(device: torch.device, clone: Path | None) -> None:
