@@ -149,7 +149,7 @@ def make_envs(
     Args:
         asynchronous: one worker process per environment, stepping while the caller computes; None: when there
             are several environments and more cores than that. On 2 cores workers do not pay: 4 HalfCheetah-v4 step
-            0.4 times as fast as in one process, 4 Humanoid-v4 0.9 times.
+            0.4 times as fast as in one process, 4 Humanoid-v4 0.8 times.
         video: record the first episode of the first environment, see `make_env`.
 
     Raises:

@@ -13,7 +13,7 @@ startup: seconds from imports to environments, networks and buffer; memory of th
 
 For --released: git clone https://github.com/Alescontrela/score_matching_rl /tmp/released (2e77893), and
 pip install jax==0.10.2 flax optax (on a GPU jax[cuda12]). On a CPU let nothing else run: the machine is the measure.
-With --csv FILE the numbers are also written there; with matplotlib installed, scaling draws FILE.png.
+With --csv FILE the numbers are also written there; with matplotlib installed, scaling and envs draw FILE.png.
 """
 
 import argparse
@@ -301,16 +301,28 @@ def plot(path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(9, 2.8), sharey=True, layout="constrained")
-    for axis, name in zip(axes, ("batch_size", "width", "diffusion_steps"), strict=True):
-        points = [
-            (int(r["setting"].split()[1]), float(r["value"])) for r in rows if r["setting"].startswith(name + " ")
-        ]
-        axis.loglog(*zip(*points, strict=True), "o-")
-        axis.set(xlabel=name.replace("_", " "), xticks=[x for x, _ in points], xticklabels=[x for x, _ in points])
-        axis.minorticks_off()
+    figure, axes = plt.subplots(1, 4, figsize=(12, 2.8), layout="constrained")
+    lines = {}  # (axis, label): points
+    for row in (row for row in rows if row["part"] in ("scaling", "envs")):
+        name, value = row["setting"].split()
+        if row["part"] == "scaling":
+            axis, label = axes[("batch_size", "width", "diffusion_steps").index(name)], None
+            axis.set(xlabel=name.replace("_", " "), ylabel="ms per update")
+        else:
+            axis, label = axes[3], f"{name}, {'workers' if row['variant'] == 'async' else 'one process'}"
+            axis.set(xlabel="environments", ylabel="environment steps per second")
+        lines.setdefault((axis, label), []).append((int(value), float(row["value"])))
+    for (axis, label), points in lines.items():
+        axis.loglog(*zip(*points, strict=True), "o-", label=label, ms=4)
+        axis.set_xticks([x for x, _ in points], [x for x, _ in points])
+        axis.set_xticks([], minor=True)
+        axis.tick_params(axis="x", labelsize=8)
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("ms per update")
+    times = [y for (axis, _), points in lines.items() for _, y in points if axis is not axes[3]]
+    for axis in axes[:3] if times else ():
+        axis.set_ylim(min(times) / 1.5, max(times) * 1.5)
+    if len(lines) > 3:
+        axes[3].legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, 1.25), ncols=2)
     figure.savefig(path, dpi=110)
 
 
