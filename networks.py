@@ -19,18 +19,6 @@ def xavier_uniform(shape: Sequence[int], fan_in: int, fan_out: int) -> nn.Parame
     return nn.Parameter(torch.empty(*shape).uniform_(-bound, bound))
 
 
-def mish(x: torch.Tensor) -> torch.Tensor:
-    """x tanh(softplus(x)), by tanh(log(1 + w)) = n / (n + 2) with w = exp(x) and n = w (w + 2).
-
-    One exponential in place of three transcendental functions is faster once the rest is fused by torch.compile.
-    """
-    if not torch.compiler.is_compiling():
-        return F.mish(x)  # one kernel
-    w = x.clamp_max(20.0).exp()  # beyond 20 the ratio is 1 in float32, and exp would overflow at 44
-    n = w * (w + 2)
-    return x * (n / (n + 2))
-
-
 def linear(in_dim: int, out_dim: int) -> nn.Linear:
     """A linear layer with Xavier-uniform weights and zero bias (released code: networks/mlp.py:7)."""
     layer = nn.Linear(in_dim, out_dim)
@@ -78,7 +66,7 @@ class ScoreNet(nn.Module):
     def time_features(self) -> torch.Tensor:
         """The time embedding's share of the first layer for t = 0 .. T-1, (T, H)."""
         angles = 2 * torch.pi * self.timesteps[:, None] * self.frequencies  # (T, time_dim / 2)
-        x = mish(self.time_mlp[0](torch.cat([angles.cos(), angles.sin()], dim=-1)))
+        x = F.mish(self.time_mlp[0](torch.cat([angles.cos(), angles.sin()], dim=-1)))
         embedding = self.time_mlp[1](x)  # (T, time_hidden)
         return F.linear(embedding, self.time_weight, self.first_bias)
 
@@ -88,9 +76,9 @@ class ScoreNet(nn.Module):
 
     def denoise(self, features: torch.Tensor, noisy_actions: torch.Tensor) -> torch.Tensor:
         """eps_theta (B, A) from obs_features + time_features (B, H) and a_t (B, A)."""
-        x = mish(features + F.linear(noisy_actions, self.act_weight))
+        x = F.mish(features + F.linear(noisy_actions, self.act_weight))
         for layer in self.hidden:
-            x = mish(layer(x))
+            x = F.mish(layer(x))
         return self.out(x)
 
     def forward(self, obs: torch.Tensor, noisy_actions: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

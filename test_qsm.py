@@ -51,7 +51,6 @@ import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import fast
-import networks
 import qsm
 import runs
 from buffer import Batch, ReplayBuffer
@@ -450,38 +449,33 @@ def test_critic_learns_a_known_value():
     assert (learner.critic(batch.obs, batch.actions) - 2).abs().mean() < 0.05
 
 
-@pytest.fixture
-def compiled_update():
-    if not shutil.which("g++"):
-        pytest.skip("torch.compile needs g++ on the CPU")
-    yield fast.compiled(update, on_cpu=True)
-    torch.compiler.reset()
-
-
-def test_compiled_updates_agree_with_eager(compiled_update):
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ on the CPU")
+def test_compiled_updates_agree_with_eager():
+    """With NaN in one batch, with two learners in turns, and with another batch size."""
     args, schedule = Args(hidden_dims=(16, 16), diffusion_steps=3), make_schedule("cosine", 3)
     results = []
-    for step in (compiled_update, update):
+    for step in (fast.compiled(update, on_cpu=True), update):
         torch.manual_seed(0)
-        learner = make_learner(args, OBS, ACT, "cpu")
-        for seed in range(3):
-            metrics = step(learner, random_batch(16, seed), draw_noise(3, 16, ACT, generator(seed)), schedule, args)
-        results.append([*everything_in(learner), *metrics.values()])
+        learners, metrics = [make_learner(args, OBS, ACT, "cpu") for _ in range(2)], {}
+        for seed, (i, batch_size) in enumerate([(0, 16), (1, 16), (0, 16), (0, 8), (1, 16), (0, 8)]):
+            batch = random_batch(batch_size, seed)
+            if seed == 2:
+                batch.rewards[0] = math.nan
+            metrics |= step(learners[i], batch, draw_noise(3, batch_size, ACT, generator(seed)), schedule, args)
+        assert learners[0].skipped == 1
+        results.append([*everything_in(learners[0]), *everything_in(learners[1]), *metrics.values()])
     for x, y in zip(*results, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
 
-def test_compiled_mish_is_mish(monkeypatch):
-    """The form that torch.compile gets, and its derivative, against float64: over all of float32's range."""
-    x = torch.cat([torch.linspace(-100, 100, 20_001), torch.tensor([-3e38, -1e4, 1e4, 3e38])]).requires_grad_()
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    y = networks.mish(x)
-    (dy,) = torch.autograd.grad(y.sum(), x)
-    x64 = x.detach().double().requires_grad_()
+def test_compiled_mish_is_mish():
+    """Its form in compiled updates, and the derivative, against float64: over all of float32's range."""
+    x = torch.cat([torch.linspace(-100, 100, 20_001), torch.tensor([-3e38, -1e4, 1e4, 3e38])])
+    x64 = x.double().requires_grad_()
     exact = F.mish(x64)
-    (exact_dy,) = torch.autograd.grad(exact.sum(), x64)
-    torch.testing.assert_close(y.double(), exact, rtol=1e-6, atol=1e-12)
-    torch.testing.assert_close(dy.double(), exact_dy, rtol=1e-5, atol=1e-6)
+    (exact_grad,) = torch.autograd.grad(exact.sum(), x64)
+    torch.testing.assert_close(fast.mish(x).double(), exact, rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(fast.mish_backward(torch.tensor(2.0), x).double(), 2 * exact_grad, rtol=1e-5, atol=1e-6)
 
 
 def test_fast_matmul_is_float32_and_only_in_the_update():
