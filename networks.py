@@ -83,7 +83,9 @@ class ScoreNet(nn.Module):
 
     def forward(self, obs: torch.Tensor, noisy_actions: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """eps_theta(s, a_t, t), (B, O), (B, A) and integers (B,) in [0, T) -> (B, A)."""
-        return self.denoise(self.obs_features(obs) + self.time_features()[t], noisy_actions)
+        one_hot = (t[:, None] == self.timesteps).to(obs.dtype)  # (B, T)
+        # time_features()[t], whose gradient would be a scatter: with several threads a sum in random order
+        return self.denoise(self.obs_features(obs) + one_hot @ self.time_features(), noisy_actions)
 
 
 class Critic(nn.Module):

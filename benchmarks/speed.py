@@ -123,7 +123,6 @@ def our_update(
     for stored in buffer.storage:
         stored.normal_()
     buffer.size = buffer.capacity
-    torch.compiler.reset()
     _, update = fast.faster(qsm.sample_actions, qsm.update, args, device)
 
     def function() -> None:
