@@ -1,4 +1,4 @@
-"""How an update is made fast: Adam on the device, torch.compile, CUDA graph. Apart from qsm.py: nothing here is of QSM.
+"""How an update is made fast: Adam on the device, one compiled graph, CUDA graph. Nothing here is of QSM, hence apart.
 
 Without `faster` everything is the same up to rounding, only slower.
 """

@@ -63,7 +63,7 @@ class Args:
     seed: int = 1  # of Python, NumPy, torch, the environments and the action space
     device: str = "auto"  # auto (CUDA when there is one), cpu, cuda or cuda:N
     deterministic: bool = False  # the same bits on every run on CUDA too, slower; a CPU gives them without it
-    # torch.compile update and acting; None: if there is a C++ compiler and there are more than 20,000 updates to make
+    # compile update and acting; None: if there is a C++ compiler and there are more than 20,000 updates to make
     compile: bool | None = None
     cuda_graph: bool | None = None  # replay the update as one CUDA graph; None: on CUDA
     run_dir: Path = Path("runs")  # where the folder of this run is made: event file, CSVs, networks, checkpoint
