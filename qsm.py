@@ -47,7 +47,7 @@ from runs import CheckpointError, RunFolder, StopRequest, stop
 
 # "consistent" with the DDPM sampler: see eps_target. Evidence for the values: "alpha, T and c" in results/README.md; c
 # is eps_clip, below. T = 20 samples nearer to the exact density (Wasserstein-1 distance 0.06 against 0.08), and an
-# update takes 1.4 times as long.
+# update takes 1.3 times as long.
 PRESETS = {
     "consistent": {"alpha": 10.0, "diffusion_steps": 10, "beta_schedule": "cosine", "normalize_q_grad": True},
     "released": {"alpha": 50.0, "diffusion_steps": 5, "beta_schedule": "vp", "normalize_q_grad": False},
