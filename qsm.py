@@ -2,14 +2,23 @@
 
 Psenka, Escontrela, Abbeel, Ma: "Learning a Diffusion Model Policy from Rewards via Q-Score Matching", ICML 2024,
 arXiv 2312.11752. A policy pi(a|s) ~ exp(alpha Q(s, a)) has the score grad_a log pi = alpha dQ/da. QSM regresses the
-denoiser of a diffusion policy onto that action gradient of the critic, instead of back-propagating through the
-denoising chain. One update (Algorithm 1), on a batch (s, a, r, s'):
+network of a diffusion policy onto that action gradient, instead of back-propagating through the denoising chain.
 
-    y = r + gamma (1 - terminated) min_i Q'_i(s', a'),  a' ~ sample_actions(score_net, s')
-    critics: mean (Q_i(s, a) - y)^2
-    a_t = sqrt(alphas_cumprod_t) a + sigma_t noise                          forward diffusion of the replayed action
-    eps_target = clip(sigma_t (a_t - alpha dQ/da(s, a_t)), -c, c)           eps is minus sigma_t times the score
-    score_net: mean (eps_theta(s, a_t, t) - eps_target)^2                   sigma_t = sqrt(1 - alphas_cumprod_t)
+The paper's Algorithm 1, with Psi the score network (of the ICLR 2024 submission; the ICML text was not at hand):
+
+    1  initialise critics Q_1, Q_2, score network Psi, targets Q' = Q, an empty replay buffer
+    2  act with a sample of the diffusion policy, store the transition
+    3  draw a batch (s, a, r, s')
+    4  y = r + gamma min_i Q'_i(s', a'),  a' ~ the diffusion policy at s'
+    5  critics: minimise mean (Q_i(s, a) - y)^2
+    6  score network: minimise mean |Psi(s, a) - dQ/da(s, a)|^2
+    7  Q' <- tau Q + (1 - tau) Q'
+
+--score-target released does line 6 as the authors' code does: noise a to a_t and regress eps(s, a_t, t) onto
+-alpha dQ/da(s, a_t). The default, posterior, is ours and has another line 6, derived in docs/score_target.md: the
+network predicts the clean action x(s, a_t, t), and is regressed onto the mean of
+    p(a_0 | a_t) ~ exp(alpha g a_0) N(a_t; sqrt(alphas_cumprod_t) a_0, 1 - alphas_cumprod_t) on [-1, 1],
+with g = dQ/da(s, x). This is exact where Q is linear. Its score is (sqrt(alphas_cumprod_t) x - a_t) / (1 - alphas_cumprod_t).
 
     python qsm.py --env-id Humanoid-v4
     python qsm.py --env-id HalfCheetah-v4 --num-envs 4 --utd 0.25 --hidden-dims 256 256
@@ -45,11 +54,8 @@ from fast import Adam, decide, faster
 from networks import Critic, ScoreNet
 from runs import CheckpointError, RunFolder, StopRequest, stop
 
-# "consistent" with the DDPM sampler: see eps_target. Evidence for the values: "alpha, T and c" in results/README.md; c
-# is eps_clip, below. T = 20 samples nearer to the exact density (Wasserstein-1 distance 0.06 against 0.08), and an
-# update takes 1.3 times as long.
-PRESETS = {
-    "consistent": {"alpha": 10.0, "diffusion_steps": 10, "beta_schedule": "cosine", "normalize_q_grad": True},
+PRESETS = {  # evidence for the values of posterior: "Why these constants" in results/README.md
+    "posterior": {"alpha": 10.0, "diffusion_steps": 10, "beta_schedule": "log-snr", "normalize_q_grad": True},
     "released": {"alpha": 50.0, "diffusion_steps": 5, "beta_schedule": "vp", "normalize_q_grad": False},
 }
 
@@ -75,7 +81,6 @@ class Args:
     async_envs: bool | None = None  # a worker process for each; None: if there is a core for each, and one more
     eval_every: int = 10_000  # environment steps between evaluations, the first before training; 0: never
     eval_episodes: int = 10  # episodes of an evaluation, one per evaluation environment
-    eval_candidates: int = 1  # actions drawn in evaluation, of which the one with the highest min-Q acts (paper: 1)
     log_every: int = 1_000  # environment steps between scalars in the event file
     checkpoint_every: int = 100_000  # environment steps between checkpoints; one is always written at the end
     checkpoint_buffer: bool = True  # without: small checkpoints, but a resumed run starts with an empty buffer
@@ -98,15 +103,16 @@ class Args:
 
     # --- diffusion; None takes the value of PRESETS for the score target ---
 
-    # what eps_theta is regressed onto: clip(sigma_t (a_t - alpha dQ/da), -c, c), or released: -alpha dQ/da
-    score_target: Literal["consistent", "released"] = "consistent"
-    # inverse temperature (Algorithm 1: alpha, released code: M_q), higher is greedier; consistent 10, released 50
+    # posterior: regress onto the posterior mean of the clean action (ours); released: eps onto -alpha dQ/da
+    score_target: Literal["posterior", "released"] = "posterior"
+    # inverse temperature (Algorithm 1: alpha, released code: M_q), higher is greedier; posterior 10, released 50
     alpha: float | None = None
-    diffusion_steps: int | None = None  # denoising steps (T); consistent 10, released 5
-    beta_schedule: Literal["vp", "cosine", "linear"] | None = None  # beta_t; consistent cosine, released vp
-    # divide dQ/da by a running mean of |dQ/da|: alpha means the same on every task; consistent True, released False
+    diffusion_steps: int | None = None  # denoising steps (T); posterior 10, released 5
+    beta_schedule: Literal["log-snr", "vp", "cosine", "linear"] | None = None  # posterior log-snr, released vp
+    # divide dQ/da by a running mean of |dQ/da|: alpha means the same on every task; posterior True, released False
     normalize_q_grad: bool | None = None
-    eps_clip: float = 2.0  # bound on eps in the consistent target (c); inf: none
+    # actions drawn where one is needed to act or evaluate; the one with the highest min-Q acts (paper: 1)
+    candidates: int = 1
 
     def __post_init__(self):
         for name, value in PRESETS[self.score_target].items():
@@ -118,19 +124,22 @@ class Args:
 
 
 class Schedule(NamedTuple):
-    """Noise schedule of the diffusion; each entry (T,), index t = 0 is the least noisy step."""
+    """Noise schedule of the diffusion, index t = 0 is the least noisy step, and a quadrature on [-1, 1]."""
 
-    betas: torch.Tensor
-    alphas: torch.Tensor  # 1 - betas
-    alphas_cumprod: torch.Tensor  # products of alphas up to and including t
+    betas: torch.Tensor  # (T,)
+    alphas: torch.Tensor  # (T,) 1 - betas
+    alphas_cumprod: torch.Tensor  # (T,) products of alphas up to and including t
+    nodes: torch.Tensor  # (G,) for posterior_mean
+    log_weights: torch.Tensor  # (G,)
 
 
 def make_schedule(name: str, diffusion_steps: int, device: torch.device | str = "cpu") -> Schedule:
-    """The released schedules (DIF:8-32), computed in float64.
+    """The released schedules (DIF:8-32) and one of ours, computed in float64.
 
-    vp:     alpha_t = exp(-b_min / T - (b_max - b_min) (2t - 1) / (2 T^2)), t = 1 .. T, b_min 0.1, b_max 10
-    cosine: alphas_cumprod_t = f(t) / f(0), f(t) = cos^2(pi/2 (t / T + 0.008) / 1.008), betas at most 0.999
-    linear: betas from 1e-4 to 2e-2
+    vp:      alpha_t = exp(-b_min / T - (b_max - b_min) (2t - 1) / (2 T^2)), t = 1 .. T, b_min 0.1, b_max 10
+    cosine:  alphas_cumprod_t = f(t) / f(0), f(t) = cos^2(pi/2 (t / T + 0.008) / 1.008), betas at most 0.999
+    linear:  betas from 1e-4 to 2e-2
+    log-snr: log of the signal-to-noise ratio equally spaced, sigma_t = sqrt(1 - alphas_cumprod_t) from 0.1 to 0.995
     """
     T = diffusion_steps
     t = torch.arange(T + 1, dtype=torch.float64)
@@ -141,37 +150,57 @@ def make_schedule(name: str, diffusion_steps: int, device: torch.device | str = 
         betas = (1 - f[1:] / f[:-1]).clamp(0, 0.999)
     elif name == "linear":
         betas = torch.linspace(1e-4, 2e-2, T, dtype=torch.float64)
+    elif name == "log-snr":
+        least, most = torch.tensor([0.1, 0.995], dtype=torch.float64).square().logit().neg()  # log SNR at both ends
+        snr = torch.linspace(most if T == 1 else least, most, T, dtype=torch.float64)  # (T,)
+        betas = 1 - snr.sigmoid() / torch.cat([torch.ones(1), snr[:-1].sigmoid()])
     else:
-        raise ValueError(f"unknown beta schedule {name!r}: vp, cosine or linear")
+        raise ValueError(f"unknown beta schedule {name!r}: log-snr, vp, cosine or linear")
     alphas = 1 - betas
-    return Schedule(*(x.to(device, torch.float32) for x in (betas, alphas, alphas.cumprod(0))))
+    alphas_cumprod = alphas.cumprod(0)
+    # Gauss-Legendre nodes: dense at the bounds, where exp(alpha Q) can be steep, and at most pi / G apart. A sum over
+    # nodes h apart has a relative error of 2 exp(-2 pi^2 s^2 / h^2) for a Gaussian of width s, 5e-9 for h = s. Hence
+    # twice as many nodes as make h the least width, which is that of t = 0.
+    least_width = ((1 - alphas_cumprod[0]) / alphas_cumprod[0]).sqrt().item()
+    nodes, weights = np.polynomial.legendre.leggauss(max(64, math.ceil(2 * math.pi / least_width)))
+    quadrature = torch.from_numpy(nodes), torch.from_numpy(weights).log()
+    return Schedule(*(x.to(device, torch.float32) for x in (betas, alphas, alphas_cumprod, *quadrature)))
 
 
 @torch.no_grad()
 def sample_actions(
-    score_net: ScoreNet, obs: torch.Tensor, noise: torch.Tensor, schedule: Schedule, action_noise: float = 0.0
+    score_net: ScoreNet,
+    obs: torch.Tensor,
+    noise: torch.Tensor,
+    schedule: Schedule,
+    score_target: str,
+    action_noise: float = 0.0,
 ) -> torch.Tensor:
-    """Actions of the policy by DDPM ancestral sampling (DIF:70-102), (B, O) -> (B, A) in [-1, 1].
+    """Actions of the policy by DDPM ancestral sampling, (B, O) -> (B, A) in [-1, 1].
 
     Args:
         noise: standard normal, (T + 1, B, A): the start a_T, the T - 1 step noises, the action noise. An argument,
             so that the function is deterministic, compilable, and never replays frozen noise in a CUDA graph.
+        score_target: what the network was trained for, see Args.
         action_noise: standard deviation of the noise on the result (SML:193-195 and 299-301), 0 for evaluation.
     """
-    betas, alphas, alphas_cumprod = schedule
+    betas, alphas, alphas_cumprod, *_ = schedule
     T = len(betas)
-    rescale = alphas.rsqrt()  # (T,)
-    eps_scale = betas * (1 - alphas_cumprod).rsqrt()  # (T,)
+    variance = 1 - alphas_cumprod  # (T,) sigma_t^2
+    before = torch.cat([torch.ones_like(betas[:1]), alphas_cumprod[:-1]])  # (T,) alphas_cumprod of step t - 1
+    clean_scale, noisy_scale = before.sqrt() * betas / variance, alphas.sqrt() * (1 - before) / variance
+    eps_scale, rescale = betas * variance.rsqrt(), alphas.rsqrt()
     noise_scale = betas.sqrt()  # (T,), the larger of DDPM's two choices of the variance
     time_features = score_net.time_features()  # (T, H)
     obs_features = score_net.obs_features(obs)  # (B, H)
     actions = noise[0]  # a_T ~ N(0, I), not clamped
     for t in reversed(range(T)):
-        eps_pred = score_net.denoise(obs_features + time_features[t], actions)  # (B, A): score_net(obs, actions, t)
-        actions = rescale[t] * (actions - eps_scale[t] * eps_pred)
-        if t > 0:  # the last step is deterministic
-            actions = actions + noise_scale[t] * noise[T - t]
-        actions = actions.clamp(-1, 1)  # after every step: the bounds of the action space
+        prediction = score_net.denoise(obs_features + time_features[t], actions)  # (B, A): score_net(obs, actions, t)
+        step_noise = noise_scale[t] * noise[T - t] if t > 0 else 0  # the last step is deterministic
+        if score_target == "posterior":  # the clean action; DDPM's step to the mean of a_{t-1} given it and a_t
+            actions = clean_scale[t] * prediction.clamp(-1, 1) + noisy_scale[t] * actions + step_noise
+        else:  # eps, and a clamp to the bounds of the action space after every step (DIF:85-94)
+            actions = (rescale[t] * (actions - eps_scale[t] * prediction) + step_noise).clamp(-1, 1)
     return (actions + action_noise * noise[T]).clamp(-1, 1)
 
 
@@ -207,7 +236,9 @@ def td_target(
 
     Time limits bootstrap: only a termination, never a truncation, ends the sum of rewards.
     """
-    next_actions = sample_actions(score_net, batch.next_obs, noise, schedule, args.action_noise)  # (B, A)
+    next_actions = sample_actions(
+        score_net, batch.next_obs, noise, schedule, args.score_target, args.action_noise
+    )  # (B, A)
     next_q = critic_target(batch.next_obs, next_actions).amin(0)  # (B,), clipped double Q
     check_shape("rewards", batch.rewards, next_q.shape)
     check_shape("terminations", batch.terminations, next_q.shape)
@@ -230,22 +261,23 @@ def q_gradient(critic: Critic, obs: torch.Tensor, actions: torch.Tensor) -> torc
         return torch.func.grad(lambda a: critic(obs, a).mean(0).sum())(actions)
 
 
-def eps_target(q_grad: torch.Tensor, noisy_actions: torch.Tensor, sigma: torch.Tensor, args: Args) -> torch.Tensor:
-    """What eps_theta(s, a_t, t) is regressed onto, (B, A), from dQ/da and a_t (B, A) and sigma_t (B, 1).
+def posterior_mean(
+    drift: torch.Tensor, noisy_actions: torch.Tensor, alphas_cumprod: torch.Tensor, schedule: Schedule
+) -> torch.Tensor:
+    """E[a_0 | a_t] for Q linear with slope drift / alpha, (B, A) in [-1, 1]; ours, see docs/score_target.md.
 
-    Eps is minus sigma_t times the score, hence the signs (the README of the released code has the opposite one).
+    p(a_0 | a_t) ~ exp(drift a_0) N(a_t; sqrt(alphas_cumprod) a_0, 1 - alphas_cumprod) on [-1, 1] falls apart into
+    coordinates. The mean of each is a softmax over the nodes of a quadrature: finite for every drift and every t.
 
-    released: -alpha dQ/da (SML:279). Without the factor sigma_t, and without the pull of the prior, a_t: each DDPM
-        step then multiplies the action by 1 / sqrt(alphas_t) > 1 and drives it to the bounds.
-    consistent: clip(sigma_t (a_t - alpha dQ/da), -c, c). Without the clip, the DDPM step becomes
-        a_{t-1} = sqrt(alphas_t) a_t + betas_t / sqrt(alphas_t) alpha dQ/da + sqrt(betas_t) z,
-        a Langevin step for N(0, I) exp(k alpha Q), k = 1 + 1 / sqrt(alphas_t), near 2 (docs/score_target.md). The clip
-        keeps eps in the range of the noise that it stands for, which bounds every step: the last ones otherwise
-        overshoot an interior optimum.
+    Args:
+        drift: alpha dQ/da, (B, A).
+        alphas_cumprod: of each row's t, (B, 1).
     """
-    if args.score_target == "released":
-        return -args.alpha * q_grad
-    return (sigma * (noisy_actions - args.alpha * q_grad)).clamp(-args.eps_clip, args.eps_clip)
+    variance = 1 - alphas_cumprod  # (B, 1)
+    slope = drift + noisy_actions * alphas_cumprod.sqrt() / variance  # (B, A)
+    curvature = (alphas_cumprod / variance)[..., None]  # (B, 1, 1)
+    logits = slope[..., None] * schedule.nodes - 0.5 * curvature * schedule.nodes.square()  # (B, A, G)
+    return (logits + schedule.log_weights).softmax(-1) @ schedule.nodes
 
 
 def actor_loss(
@@ -257,9 +289,11 @@ def actor_loss(
     q_scale: torch.Tensor,
     args: Args,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """mean (eps_theta(s, a_t, t) - eps_target)^2 (Algorithm 1 line 6; SML:246-288), the new q_scale, metrics.
+    """Algorithm 1 line 6: the loss of the score network, the new q_scale, metrics.
 
-    dQ/da is taken at the noised action as in the released code; the paper's algorithm takes the replayed one.
+    released: mean (eps - (-alpha dQ/da(s, a_t)))^2 (SML:246-288), at the noised action; the paper has the replayed one.
+    posterior: mean (x - posterior_mean)^2 with dQ/da at the clean action x that the network predicts. It lies in
+        [-1, 1], where the critics are trained.
 
     Args:
         q_scale: (2,), exponential averages of mean |dQ/da| and of 1, from zeros; the ratio is the running mean.
@@ -267,19 +301,22 @@ def actor_loss(
     alphas_cumprod = schedule.alphas_cumprod[noise.t, None]  # (B, 1)
     sigma = (1 - alphas_cumprod).sqrt()  # (B, 1)
     noisy_actions = alphas_cumprod.sqrt() * batch.actions + sigma * noise.actions  # (B, A), not clamped (SML:259)
-    q_grad = q_gradient(critic, batch.obs, noisy_actions)  # (B, A)
+    prediction = score_net(batch.obs, noisy_actions, noise.t)  # (B, A), clean action or eps
+    posterior = args.score_target == "posterior"
+    q_grad = q_gradient(critic, batch.obs, prediction.detach().clamp(-1, 1) if posterior else noisy_actions)  # (B, A)
     q_grad_abs = q_grad.abs().mean()
     q_scale = q_scale.lerp(torch.stack([q_grad_abs, torch.ones_like(q_grad_abs)]), 0.001)
     if args.normalize_q_grad:
         q_grad = q_grad / (q_scale[0] / q_scale[1]).clamp_min(1e-12)
-    target = eps_target(q_grad, noisy_actions, sigma, args)  # (B, A)
-    eps_pred = score_net(batch.obs, noisy_actions, noise.t)  # (B, A)
+    drift = args.alpha * q_grad
+    # Eps is minus sigma_t times the score, hence the sign (SML:279; the README of the released code has the other).
+    target = posterior_mean(drift, noisy_actions, alphas_cumprod, schedule) if posterior else -drift  # (B, A)
     metrics = {
         "diffusion/q_grad_abs": q_grad_abs,
         "diffusion/target_abs": target.abs().mean(),
-        "diffusion/cosine": torch.cosine_similarity(eps_pred.detach(), target, dim=-1).mean(),
+        "diffusion/cosine": torch.cosine_similarity(prediction.detach(), target, dim=-1).mean(),
     }
-    return (eps_pred - target).square().mean(), q_scale, metrics
+    return (prediction - target).square().mean(), q_scale, metrics
 
 
 # ---------------------------------------------------------------------------------------------------------- update
@@ -340,20 +377,31 @@ def actor_lr_at(num_updates: int, args: Args) -> float:
 
 
 @torch.no_grad()
-def best_of(score_net: ScoreNet, critic: Critic, obs: torch.Tensor, noise: torch.Tensor, schedule: Schedule):
+def best_of(
+    score_net: ScoreNet,
+    critic: Critic,
+    obs: torch.Tensor,
+    noise: torch.Tensor,
+    schedule: Schedule,
+    args: Args,
+    action_noise: float = 0.0,
+) -> torch.Tensor:
     """Of K actions drawn in each of B states the one with the highest min-Q, (B, A); noise is (T + 1, K B, A).
 
     K = 1 is the paper's policy. Many diffusion-policy results use K > 1: compare like with like.
     """
-    K = noise.shape[1] // len(obs)
+    B, K = len(obs), noise.shape[1] // len(obs)
+    if K == 1:
+        return sample_actions(score_net, obs, noise, schedule, args.score_target, action_noise)
     obs_K = obs.repeat(K, 1)  # (K B, O)
-    actions = sample_actions(score_net, obs_K, noise, schedule)  # (K B, A)
-    best = critic(obs_K, actions).amin(0).view(K, len(obs)).argmax(0)  # (B,)
-    return actions.view(K, len(obs), -1)[best, torch.arange(len(obs), device=best.device)]
+    actions = sample_actions(score_net, obs_K, noise, schedule, args.score_target)  # (K B, A)
+    best = critic(obs_K, actions).amin(0).view(K, B).argmax(0)  # (B,)
+    actions = actions.view(K, B, -1)[best, torch.arange(B, device=best.device)]
+    return (actions + action_noise * noise[-1, :B]).clamp(-1, 1)
 
 
 def evaluate(
-    score_net: ScoreNet, critic: Critic, envs, schedule: Schedule, seed: int, candidates: int = 1
+    score_net: ScoreNet, critic: Critic, envs, schedule: Schedule, args: Args, seed: int, candidates: int = 1
 ) -> list[tuple[float, int]]:
     """(return, length) of one episode in each environment: actions sampled, without action noise (SML:306-320).
 
@@ -367,16 +415,17 @@ def evaluate(
     obs, _ = envs.reset(seed=seed)
     while len(episodes) < envs.num_envs:
         noise = torch.randn(noise_shape, device=device, generator=generator)
-        actions = best_of(score_net, critic, to_tensor(obs, device), noise, schedule)
+        actions = best_of(score_net, critic, to_tensor(obs, device), noise, schedule, args)
         obs, _, terminations, truncations, infos = envs.step(actions.cpu().numpy())
         for i, episode_return, length in finished_episodes(terminations | truncations, infos):
             episodes.setdefault(i, (episode_return, length))  # one of each: short episodes do not count more often
     return [episodes[i] for i in range(envs.num_envs)]
 
 
-def policy_statistics(score_net: ScoreNet, obs: torch.Tensor, noise: torch.Tensor, schedule: Schedule):
+def policy_statistics(score_net: ScoreNet, obs: torch.Tensor, noise: torch.Tensor, schedule: Schedule, args: Args):
     """Stuck on the bounds, or collapsed? From K samples at each of B states; noise is (T + 1, K B, A)."""
-    actions = sample_actions(score_net, obs.repeat(noise.shape[1] // len(obs), 1), noise, schedule)  # (K B, A)
+    obs_K = obs.repeat(noise.shape[1] // len(obs), 1)  # (K B, O)
+    actions = sample_actions(score_net, obs_K, noise, schedule, args.score_target)  # (K B, A)
     return {
         "diffusion/bound_share": (actions.abs() == 1).float().mean(),  # share of coordinates at +-1
         "diffusion/action_std": actions.view(-1, len(obs), actions.shape[1]).std(0).mean(),
@@ -401,7 +450,7 @@ def args_of(saved: dict) -> Args:
 
 def evaluate_saved(args: Args) -> Path:
     """--evaluate: print the returns of a saved policy and add them to evaluate.csv in its folder."""
-    runs.name_ignored(args, {"evaluate", "eval_episodes", "eval_candidates", "seed", "device", "capture_video"})
+    runs.name_ignored(args, {"evaluate", "eval_episodes", "candidates", "seed", "device", "capture_video"})
     model = runs.load_model(args.evaluate / "model.pt")
     trained, global_step, seed = args_of(model["args"]), model["global_step"], args.seed + 1_000_000
     video = args.evaluate / "videos" / f"step-{global_step}-seed-{args.seed}" if args.capture_video else None
@@ -414,9 +463,9 @@ def evaluate_saved(args: Args) -> Path:
     except (ValueError, RuntimeError) as error:
         raise CheckpointError(f"cannot evaluate {args.evaluate}: {runs.one_line(error)}") from None
     schedule = make_schedule(trained.beta_schedule, trained.diffusion_steps, device)
-    episodes = evaluate(learner.score_net, learner.critic, envs, schedule, seed, args.eval_candidates)
+    episodes = evaluate(learner.score_net, learner.critic, envs, schedule, trained, seed, args.candidates)
     envs.close()
-    protocol = {"seed": seed, "candidates": args.eval_candidates, "action_noise": 0}
+    protocol = {"seed": seed, "candidates": args.candidates, "action_noise": 0}
     runs.write_evaluation(args.evaluate / "evaluate.csv", trained.env_id, global_step, protocol, episodes)
     return args.evaluate
 
@@ -483,12 +532,11 @@ def train(args: Args) -> Path:
 
     def run_evaluation() -> None:
         seed = args.seed + 1_000_000  # apart from the training environments' seed .. seed + num_envs - 1
-        candidates = args.eval_candidates
-        episodes = evaluate(learner.score_net, learner.critic, eval_envs, schedule, seed, candidates)
-        run.log_evaluation(global_step, candidates, episodes)
+        episodes = evaluate(learner.score_net, learner.critic, eval_envs, schedule, args, seed, args.candidates)
+        run.log_evaluation(global_step, args.candidates, episodes)
 
     stop_request = StopRequest()
-    act, update_once = faster(sample_actions, update, args, device)  # or sample_actions, update: only speed differs
+    act, update_once = faster(best_of, update, args, device)  # or best_of, update: only speed differs
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True, mininterval=1.0)
     if args.eval_every and not saved:
         run_evaluation()
@@ -500,8 +548,8 @@ def train(args: Args) -> Path:
         if global_step < args.learning_starts:
             actions = to_tensor(envs.action_space.sample(), device)  # (N, A)
         else:
-            noise = torch.randn(T + 1, args.num_envs, act_dim, device=device, generator=rng)
-            actions = act(learner.score_net, obs_tensor, noise, schedule, args.action_noise)
+            noise = torch.randn(T + 1, args.candidates * args.num_envs, act_dim, device=device, generator=rng)
+            actions = act(learner.score_net, learner.critic, obs_tensor, noise, schedule, args, args.action_noise)
         actions_cpu = actions.cpu().numpy()
         if not np.isfinite(actions_cpu).all():
             give_up("the policy's actions are not finite: try a lower --actor-lr or --alpha")
@@ -540,7 +588,7 @@ def train(args: Args) -> Path:
             if metrics:
                 states = buffer.gather(buffer.sample_indices(64, log_rng)).obs
                 noise = torch.randn(T + 1, 16 * 64, act_dim, device=device, generator=log_rng)
-                metrics |= policy_statistics(learner.score_net, states, noise, schedule)
+                metrics |= policy_statistics(learner.score_net, states, noise, schedule, args)
                 values = torch.stack(list(metrics.values())).tolist()  # one transfer for all of them
                 run.log_scalars(global_step, dict(zip(metrics, values, strict=True)))
                 if learner.skipped:

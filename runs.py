@@ -9,7 +9,6 @@ model.pt.
 import contextlib
 import csv
 import io
-import math
 import os
 import pickle
 import platform
@@ -61,10 +60,9 @@ def check_args(args) -> None:
     """Refuse impossible values before anything is built."""
     ranges = {
         (1, 10**12): "total_timesteps num_envs eval_episodes log_every buffer_size batch_size diffusion_steps "
-        "eval_candidates",
+        "candidates",
         (0, 10**12): "learning_starts eval_every checkpoint_every actor_lr_decay action_noise alpha",
         (1e-9, 10**6): "utd actor_lr critic_lr",
-        (1e-9, math.inf): "eps_clip",
         (0, 1): "gamma tau",
         (0, 2**32 - 1): "seed",
     }
@@ -107,7 +105,7 @@ def errors_in_one_line():
             advice = "try a lower --batch-size, --hidden-dims or --buffer-size, or --device cpu"
             stop(f"out of GPU memory, {advice}: {one_line(error)}")
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch's is a RuntimeError
-            stop("out of memory, try a lower --batch-size, --hidden-dims, --diffusion-steps or --eval-candidates")
+            stop("out of memory, try a lower --batch-size, --hidden-dims, --diffusion-steps or --candidates")
         if isinstance(error, OSError):
             stop(f"{error.filename or 'the folder of the run'}: {error.strerror or error}")
         raise
