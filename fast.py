@@ -1,4 +1,4 @@
-"""How an update is made fast: Adam on the device, one compiled graph, CUDA graph. Nothing here is of QSM, hence apart.
+"""How an update is made fast: one compiled graph, CUDA graph. Speed only; nothing here is specific to QSM.
 
 Without `faster` everything is the same up to rounding, only slower.
 """
@@ -30,45 +30,38 @@ def mish_backward(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return grad * (n / (n + 2) + x * (4 * w * (w + 1) / (n + 2) ** 2))
 
 
+def adam(params, grads, exp_avgs, exp_avg_sqs, _, steps, *, lr, beta1, beta2, eps, found_inf, **_ignored) -> None:
+    """The step of torch's fused Adam, which has increased `steps` already: the formulas of the Adam paper."""
+    finite = 1 - found_inf
+    for parameter, grad, exp_avg, exp_avg_sq, t in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
+        t = t.double().view(1)  # in float32 1 - 0.999^t has few digits
+        # By cat the two powers become a tensor in memory; otherwise they would be computed again for each element.
+        bias = torch.cat([1 - beta1**t, 1 - beta2**t]).float()
+        grad = torch.where(finite > 0, grad, 0)
+        exp_avg.lerp_(grad, (1 - beta1) * finite)
+        exp_avg_sq.lerp_(grad.square(), (1 - beta2) * finite)
+        parameter.sub_(finite * lr / bias[0] * exp_avg / ((exp_avg_sq / bias[1]).sqrt() + eps))
+
+
 DECOMPOSITIONS = {  # what a compiled update has in place of kernels of torch, to be fused with what is beside it
     torch.ops.aten.mish.default: mish,
     torch.ops.aten.mish_backward.default: mish_backward,
     torch.ops.aten.addmm.default: lambda bias, x, weight: x @ weight + bias,
+    torch.ops.aten._fused_adam_.tensor_lr: adam,
 }
 
 
-class Adam(torch.nn.Module):
-    """Adam with betas 0.9 and 0.999 and epsilon 1e-8, as in torch.optim and in the released code's optax.
-
-    Written out, so that the whole update is one graph: torch.optim.Adam does its bookkeeping on the host.
-    """
-
-    def __init__(self, net: torch.nn.Module, lr: float):
-        super().__init__()
-        self.register_buffer("lr", torch.tensor(lr))  # a tensor, to be changed in place
-        self.register_buffer("betas", torch.tensor([0.9, 0.999], dtype=torch.float64), persistent=False)
-        self.register_buffer("decay", torch.ones(2, dtype=torch.float64))  # betas^t; in float32 5 digits of 1 - 0.999^t
-        self.exp_avg, self.exp_avg_sq = (copy.deepcopy(net).requires_grad_(False) for _ in range(2))
-        for moment in self.parameters():
-            moment.zero_()
-
-    @torch.no_grad()
-    def step(self, net: torch.nn.Module, grads: tuple[torch.Tensor, ...], loss: torch.Tensor) -> torch.Tensor:
-        """A step, left out where the loss is NaN or infinite; returns 1.0 there, else 0.0.
-
-        Decided on the device, as in torch.amp.GradScaler: the host does not wait.
-        """
-        finite = loss.isfinite()
-        self.decay *= torch.where(finite, self.betas, 1)
-        bias1, bias2 = (1 - self.decay).clamp_min(0.001)  # 0 before the first step
-        lr = finite * self.lr / bias1
-        moments = self.exp_avg.parameters(), self.exp_avg_sq.parameters()
-        for parameter, grad, exp_avg, exp_avg_sq in zip(net.parameters(), grads, *moments, strict=True):
-            grad = torch.where(finite, grad, 0)
-            exp_avg.lerp_(grad, 0.1 * finite)
-            exp_avg_sq.lerp_(grad.square(), 0.001 * finite)
-            parameter -= lr * exp_avg / ((exp_avg_sq / bias2).sqrt() + 1e-8)
-        return 1.0 - finite.float()
+def tensors_in(learner) -> list[torch.Tensor]:
+    """Every tensor of a NamedTuple of modules, optimizers and tensors, once each."""
+    tensors = []
+    for part in learner:
+        if isinstance(part, torch.nn.Module):
+            tensors += [*part.parameters(), *part.buffers()]
+        elif isinstance(part, torch.optim.Optimizer):
+            tensors += [x for state in part.state.values() for x in state.values()] + [part.param_groups[0]["lr"]]
+        else:
+            tensors.append(part)
+    return tensors
 
 
 def decide(args, device: torch.device) -> None:
@@ -115,9 +108,9 @@ def compiled(update, on_cpu: bool):
         import torch._inductor  # only here, a second
         from torch.fx.experimental.proxy_tensor import make_fx
 
-        modules = [part for part in learner if isinstance(part, torch.nn.Module)]
-        held = [x for module in modules for x in (*module.parameters(), *module.buffers())]
-        held += [part for part in learner if isinstance(part, torch.Tensor)] + list(schedule)
+        for optimizer in (learner.actor_optimizer, learner.critic_optimizer):
+            optimizer.zero_grad()  # gradients are made within the graph
+        held = [*tensors_in(learner), *schedule]
         everything, names = [*held, *batch, *noise], []
 
         def on_tensors(*traced):
@@ -186,9 +179,8 @@ def captured(update):
 
     def capture(learner, batch, noise, schedule, args) -> None:
         batch, noise = (type(part)(*(x.clone() for x in part)) for part in (batch, noise))
-        parts = (part.state_dict().values() if isinstance(part, torch.nn.Module) else [part] for part in learner)
-        changed = [x for tensors in parts for x in tensors]
-        before = [x.clone() for x in changed]
+        changed = tensors_in(learner)
+        before = [x.detach().clone() for x in changed]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # compiles, and makes what is made on first use
@@ -197,8 +189,9 @@ def captured(update):
         torch.cuda.current_stream().wait_stream(stream)
         with torch.cuda.graph(graph):
             metrics.update(update(learner, batch, noise, schedule, args))
-        for x, value in zip(changed, before, strict=True):
-            x.copy_(value)
+        with torch.no_grad():
+            for x, value in zip(changed, before, strict=True):
+                x.copy_(value)
         inputs.extend((*batch, *noise))
 
     def replay(learner, batch, noise, schedule, args) -> dict[str, torch.Tensor]:

@@ -18,7 +18,8 @@ The paper's Algorithm 1, with Psi the score network (of the ICLR 2024 submission
 -alpha dQ/da(s, a_t). The default, posterior, is ours and has another line 6, derived in docs/score_target.md: the
 network predicts the clean action x(s, a_t, t), and is regressed onto the mean of
     p(a_0 | a_t) ~ exp(alpha g a_0) N(a_t; sqrt(alphas_cumprod_t) a_0, 1 - alphas_cumprod_t) on [-1, 1],
-with g = dQ/da(s, x). This is exact where Q is linear. Its score is (sqrt(alphas_cumprod_t) x - a_t) / (1 - alphas_cumprod_t).
+with g = dQ/da(s, x). This is exact where Q is linear. Its score
+is (sqrt(alphas_cumprod_t) x - a_t) / (1 - alphas_cumprod_t).
 
     python qsm.py --env-id Humanoid-v4
     python qsm.py --env-id HalfCheetah-v4 --num-envs 4 --utd 0.25 --hidden-dims 256 256
@@ -50,7 +51,7 @@ from tqdm import tqdm
 import runs
 from buffer import Batch, ReplayBuffer
 from envs import finished_episodes, finite_float32, make_envs, true_next_obs
-from fast import Adam, decide, faster
+from fast import decide, faster
 from networks import Critic, ScoreNet
 from runs import CheckpointError, RunFolder, StopRequest, stop
 
@@ -204,7 +205,7 @@ def sample_actions(
     return (actions + action_noise * noise[T]).clamp(-1, 1)
 
 
-# ---------------------------------------------------------------------------------------------- targets and losses
+# --------------------------------------------------------------------------- action gradient and score target
 
 
 class Noise(NamedTuple):
@@ -220,36 +221,6 @@ def draw_noise(T: int, batch_size: int, act_dim: int, generator: torch.Generator
     normal = torch.randn(T + 2, batch_size, act_dim, device=generator.device, generator=generator)
     t = torch.randint(T, (batch_size,), device=generator.device, generator=generator)
     return Noise(normal[:-1], normal[-1], t)
-
-
-def check_shape(name: str, tensor: torch.Tensor, shape: torch.Size) -> None:
-    """Raise ValueError unless the shapes agree: (B, 1) against (B,) would silently broadcast to (B, B)."""
-    if tensor.shape != shape:
-        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
-
-
-@torch.no_grad()
-def td_target(
-    score_net: ScoreNet, critic_target: Critic, batch: Batch, noise: torch.Tensor, schedule: Schedule, args: Args
-) -> torch.Tensor:
-    """y = r + gamma (1 - terminated) min_i Q'_i(s', a'), a' from the policy (Algorithm 1 line 4; SML:180-210), (B,).
-
-    Time limits bootstrap: only a termination, never a truncation, ends the sum of rewards.
-    """
-    next_actions = sample_actions(
-        score_net, batch.next_obs, noise, schedule, args.score_target, args.action_noise
-    )  # (B, A)
-    next_q = critic_target(batch.next_obs, next_actions).amin(0)  # (B,), clipped double Q
-    check_shape("rewards", batch.rewards, next_q.shape)
-    check_shape("terminations", batch.terminations, next_q.shape)
-    return batch.rewards + args.gamma * (1 - batch.terminations) * next_q
-
-
-def critic_loss(critic: Critic, batch: Batch, target_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum over both critics of mean (Q_i(s, a) - y)^2 (Algorithm 1 line 5; SML:214-222), and Q, (2, B)."""
-    q = critic(batch.obs, batch.actions)  # (2, B)
-    check_shape("target_q", target_q, q.shape[1:])
-    return (q - target_q).square().mean(1).sum(), q.detach()
 
 
 def q_gradient(critic: Critic, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
@@ -280,45 +251,6 @@ def posterior_mean(
     return (logits + schedule.log_weights).softmax(-1) @ schedule.nodes
 
 
-def actor_loss(
-    score_net: ScoreNet,
-    critic: Critic,
-    batch: Batch,
-    noise: Noise,
-    schedule: Schedule,
-    q_scale: torch.Tensor,
-    args: Args,
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Algorithm 1 line 6: the loss of the score network, the new q_scale, metrics.
-
-    released: mean (eps - (-alpha dQ/da(s, a_t)))^2 (SML:246-288), at the noised action; the paper has the replayed one.
-    posterior: mean (x - posterior_mean)^2 with dQ/da at the clean action x that the network predicts. It lies in
-        [-1, 1], where the critics are trained.
-
-    Args:
-        q_scale: (2,), exponential averages of mean |dQ/da| and of 1, from zeros; the ratio is the running mean.
-    """
-    alphas_cumprod = schedule.alphas_cumprod[noise.t, None]  # (B, 1)
-    sigma = (1 - alphas_cumprod).sqrt()  # (B, 1)
-    noisy_actions = alphas_cumprod.sqrt() * batch.actions + sigma * noise.actions  # (B, A), not clamped (SML:259)
-    prediction = score_net(batch.obs, noisy_actions, noise.t)  # (B, A), clean action or eps
-    posterior = args.score_target == "posterior"
-    q_grad = q_gradient(critic, batch.obs, prediction.detach().clamp(-1, 1) if posterior else noisy_actions)  # (B, A)
-    q_grad_abs = q_grad.abs().mean()
-    q_scale = q_scale.lerp(torch.stack([q_grad_abs, torch.ones_like(q_grad_abs)]), 0.001)
-    if args.normalize_q_grad:
-        q_grad = q_grad / (q_scale[0] / q_scale[1]).clamp_min(1e-12)
-    drift = args.alpha * q_grad
-    # Eps is minus sigma_t times the score, hence the sign (SML:279; the README of the released code has the other).
-    target = posterior_mean(drift, noisy_actions, alphas_cumprod, schedule) if posterior else -drift  # (B, A)
-    metrics = {
-        "diffusion/q_grad_abs": q_grad_abs,
-        "diffusion/target_abs": target.abs().mean(),
-        "diffusion/cosine": torch.cosine_similarity(prediction.detach(), target, dim=-1).mean(),
-    }
-    return (prediction - target).square().mean(), q_scale, metrics
-
-
 # ---------------------------------------------------------------------------------------------------------- update
 
 
@@ -328,9 +260,9 @@ class Learner(NamedTuple):
     score_net: ScoreNet
     critic: Critic
     critic_target: Critic
-    actor_optimizer: Adam
-    critic_optimizer: Adam
-    q_scale: torch.Tensor  # (2,), see actor_loss
+    actor_optimizer: torch.optim.Adam
+    critic_optimizer: torch.optim.Adam
+    q_scale: torch.Tensor  # (2,), exponential averages of mean |dQ/da| and of 1, from zeros; their ratio is the mean
     skipped: torch.Tensor  # (), number of optimizer steps left out because their loss was not finite
 
 
@@ -339,30 +271,83 @@ def make_learner(args: Args, obs_dim: int, act_dim: int, device: torch.device | 
     score_net = ScoreNet(obs_dim, act_dim, args.hidden_dims, args.diffusion_steps).to(device)
     critic = Critic(obs_dim, act_dim, args.hidden_dims).to(device)
     critic_target = copy.deepcopy(critic).requires_grad_(False)
-    optimizers = Adam(score_net, args.actor_lr).to(device), Adam(critic, args.critic_lr).to(device)
+    optimizers = make_optimizer(score_net, args.actor_lr), make_optimizer(critic, args.critic_lr)
     zeros = torch.zeros(2, device=device), torch.zeros((), device=device)
     return Learner(score_net, critic, critic_target, *optimizers, *zeros)
+
+
+def make_optimizer(net: torch.nn.Module, lr: float) -> torch.optim.Adam:
+    """Adam whose learning rate is a tensor, to be changed in place, and whose state exists before the first step."""
+    device = next(net.parameters()).device
+    lr = torch.tensor(lr, device=device)
+    optimizer = torch.optim.Adam(net.parameters(), lr, fused=True, capturable=device.type == "cuda")
+    step(optimizer, sum(p.sum() for p in net.parameters()) * math.nan)  # makes the state, moves nothing
+    return optimizer
+
+
+def step(optimizer: torch.optim.Adam, loss: torch.Tensor) -> torch.Tensor:
+    """One step down `loss`. Returns 1.0 if it is not finite, else 0.0.
+
+    With `found_inf`, an attribute that torch's GradScaler sets too, a fused Adam leaves weights, moments and step count
+    as they are. The decision is made on the device: the host does not wait.
+    """
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.found_inf = (~loss.detach().isfinite()).float()
+    optimizer.step()
+    return optimizer.found_inf
 
 
 def update(learner: Learner, batch: Batch, noise: Noise, schedule: Schedule, args: Args) -> dict[str, torch.Tensor]:
     """Algorithm 1 lines 4 to 7, once. No host synchronisation; returns metrics as detached device tensors."""
     score_net, critic, critic_target, actor_optimizer, critic_optimizer, q_scale, skipped = learner
+    posterior = args.score_target == "posterior"
 
-    target_q = td_target(score_net, critic_target, batch, noise.next_actions, schedule, args)  # (B,)
-    q_loss, q = critic_loss(critic, batch, target_q)
-    grads = torch.autograd.grad(q_loss, list(critic.parameters()))
-    skipped += critic_optimizer.step(critic, grads, q_loss)
-    with torch.no_grad():  # theta' <- tau theta + (1 - tau) theta'
+    # Line 4: TD target (SML:180-210). Only a termination ends the sum of rewards; time limits bootstrap.
+    with torch.no_grad():
+        next_actions = sample_actions(
+            score_net, batch.next_obs, noise.next_actions, schedule, args.score_target, args.action_noise
+        )  # (B, A), of the score network itself: there is no target actor
+        next_q = critic_target(batch.next_obs, next_actions).amin(0)  # (B,), clipped double Q
+        y = batch.rewards + args.gamma * (1 - batch.terminations) * next_q  # (B,)
+
+    # Line 5: critics (SML:214-222).
+    q = critic(batch.obs, batch.actions)  # (2, B)
+    if y.shape != q.shape[1:]:
+        raise ValueError(f"rewards and terminations must have shape (B,): the TD target has {tuple(y.shape)}")
+    critic_loss = (q - y).square().mean(1).sum()
+    skipped += step(critic_optimizer, critic_loss)
+
+    # Line 6: score network. The replayed action is noised to level t (SML:250-259). dQ/da is taken at the clean action
+    # that the network predicts from it; released: at the noised one (SML:263-269); the paper: at the replayed one.
+    alphas_cumprod = schedule.alphas_cumprod[noise.t, None]  # (B, 1)
+    noisy_actions = alphas_cumprod.sqrt() * batch.actions + (1 - alphas_cumprod).sqrt() * noise.actions  # (B, A)
+    prediction = score_net(batch.obs, noisy_actions, noise.t)  # (B, A), the clean action; released: eps
+    q_grad = q_gradient(critic, batch.obs, prediction.detach().clamp(-1, 1) if posterior else noisy_actions)  # (B, A)
+    q_grad_abs = q_grad.abs().mean()
+    new_q_scale = q_scale.lerp(torch.stack([q_grad_abs, torch.ones_like(q_grad_abs)]), 0.001)
+    if args.normalize_q_grad:
+        q_grad = q_grad / (new_q_scale[0] / new_q_scale[1]).clamp_min(1e-12)
+    # Eps is minus sigma_t times the score, hence the sign (SML:279; the README of the released code has the other).
+    drift = args.alpha * q_grad
+    target = posterior_mean(drift, noisy_actions, alphas_cumprod, schedule) if posterior else -drift  # (B, A)
+    actor_loss = (prediction - target).square().mean()
+    skipped += step(actor_optimizer, actor_loss)
+    q_scale.copy_(torch.where(actor_loss.isfinite(), new_q_scale, q_scale))
+
+    # Line 7: target networks, theta' <- tau theta + (1 - tau) theta'.
+    with torch.no_grad():
         torch._foreach_lerp_(list(critic_target.parameters()), list(critic.parameters()), args.tau)
 
-    eps_loss, new_q_scale, metrics = actor_loss(score_net, critic, batch, noise, schedule, q_scale, args)
-    grads = torch.autograd.grad(eps_loss, list(score_net.parameters()))
-    skipped += actor_optimizer.step(score_net, grads, eps_loss)
-    q_scale.copy_(torch.where(eps_loss.isfinite(), new_q_scale, q_scale))
-
-    losses = {"critic_loss": q_loss.detach(), "actor_loss": eps_loss.detach(), "q_values": q.mean()}
-    losses["skipped_steps"] = skipped.clone()
-    return {f"losses/{name}": value for name, value in losses.items()} | metrics
+    return {
+        "losses/critic_loss": critic_loss.detach(),
+        "losses/actor_loss": actor_loss.detach(),
+        "losses/q_values": q.detach().mean(),
+        "losses/skipped_steps": skipped.clone(),
+        "diffusion/q_grad_abs": q_grad_abs,
+        "diffusion/target_abs": target.abs().mean(),
+        "diffusion/cosine": torch.cosine_similarity(prediction.detach(), target, dim=-1).mean(),
+    }
 
 
 def actor_lr_at(num_updates: int, args: Args) -> float:
@@ -561,7 +546,7 @@ def train(args: Args) -> Path:
         if buffer.size < max(1, min(args.learning_starts, args.buffer_size)):  # also after a resume without the buffer
             num_updates = max(num_updates, updates_due)
         while num_updates < updates_due:
-            learner.actor_optimizer.lr.fill_(actor_lr_at(num_updates, args))
+            learner.actor_optimizer.param_groups[0]["lr"].fill_(actor_lr_at(num_updates, args))
             batch = buffer.gather(buffer.sample_indices(args.batch_size, rng))
             metrics = update_once(learner, batch, draw_noise(T, args.batch_size, act_dim, rng), schedule, args)
             num_updates += 1

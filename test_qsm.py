@@ -59,17 +59,16 @@ from envs import finished_episodes, make_env, make_envs, true_next_obs
 from networks import Critic, ScoreNet
 from qsm import (
     Args,
+    Learner,
     Noise,
-    actor_loss,
     actor_lr_at,
-    critic_loss,
     draw_noise,
     make_learner,
+    make_optimizer,
     make_schedule,
     posterior_mean,
     q_gradient,
     sample_actions,
-    td_target,
     update,
 )
 from runs import load_checkpoint
@@ -100,6 +99,38 @@ class QuadraticCritic:
 
     def gradient(self, obs, actions):
         return -self.k.mean() * (actions - obs[:, :ACT])
+
+
+class Fixed(torch.nn.Module):
+    """A network that is the function `f`; its one parameter, 0, is there for an optimizer."""
+
+    def __init__(self, f):
+        super().__init__()
+        self.f, self.zero = f, torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, *inputs):
+        return self.f(*inputs) + self.zero
+
+
+class FixedScore(Fixed):
+    """A score network likewise; `sample_actions` sees a prediction of 0."""
+
+    def time_features(self):
+        return torch.zeros(100, 1)
+
+    def obs_features(self, obs):
+        return torch.zeros(len(obs), 1)
+
+    def denoise(self, features, actions):
+        return torch.zeros_like(actions)
+
+
+def learner_of(score_net, critic, critic_target=None, lr: float = 0.0) -> Learner:
+    """A learner around networks that are given; with a learning rate of 0 they stay."""
+    optimizers = make_optimizer(score_net, lr), make_optimizer(critic, 0.0)
+    dtype = next(score_net.parameters()).dtype
+    target = critic_target or copy.deepcopy(critic).requires_grad_(False)
+    return Learner(score_net, critic, target, *optimizers, torch.zeros(2, dtype=dtype), torch.zeros(()))
 
 
 class OracleScore:
@@ -265,35 +296,28 @@ def test_q_gradient_of_a_quadratic():
     torch.testing.assert_close(q_gradient(critic, batch.obs, batch.actions), critic.gradient(batch.obs, batch.actions))
 
 
-def test_td_target_by_hand():
-    """r + gamma min(Q_1, Q_2) without, r with a termination; a truncation is stored as not terminated."""
+def test_td_target_and_critic_loss_by_hand():
+    """y = r + gamma min(Q'_1, Q'_2) without, r with a termination; sum over critics of mean (Q_i - y)^2."""
     batch = random_batch(3)._replace(
         rewards=torch.tensor([1.0, 2.0, 3.0]),
         next_obs=torch.tensor([[10.0, 0, 0], [20.0, 0, 0], [-7.0, 0, 0]]),
-        terminations=torch.tensor([0.0, 1.0, 0.0]),
+        terminations=torch.tensor([0.0, 1.0, 0.0]),  # a truncation is stored as not terminated
     )
-    args = Args(gamma=0.9)
-    T = args.diffusion_steps
-    net, schedule = ScoreNet(OBS, ACT, (8,), T), make_schedule("cosine", T)
-    noise = torch.randn(T + 1, 3, ACT, generator=generator())
-    seen = []
+    args, seen = Args(gamma=0.9, diffusion_steps=4), []
+    net, schedule, noise = ScoreNet(OBS, ACT, (8,), 4), make_schedule("cosine", 4), draw_noise(4, 3, ACT, generator())
 
     def critic_target(obs, actions):
         seen.append(actions)
         return torch.stack([obs[:, 0], 2 * obs[:, 0]])  # the minimum is Q_1 where positive, Q_2 where negative
 
-    target = td_target(net, critic_target, batch, noise, schedule, args)
-    torch.testing.assert_close(target, torch.tensor([1 + 0.9 * 10, 2, 3 + 0.9 * -14]))
-    torch.testing.assert_close(
-        seen[0], sample_actions(net, batch.next_obs, noise, schedule, args.score_target, args.action_noise)
-    )
-
-
-def test_critic_loss_by_hand():
-    batch, target = random_batch(2), torch.tensor([1.0, 2.0])
-    loss, q = critic_loss(lambda obs, actions: torch.tensor([[0.0, 0.0], [1.0, 4.0]]), batch, target)
-    assert loss.item() == pytest.approx((1 + 4) / 2 + (0 + 4) / 2)
-    assert q.shape == (2, 2)
+    critic = Fixed(lambda obs, actions: torch.stack([actions.sum(1) * 0, actions.sum(1) * 0 + 1]))
+    metrics = update(learner_of(net, critic, Fixed(critic_target)), batch, noise, schedule, args)
+    y = torch.tensor([1 + 0.9 * 10, 2, 3 + 0.9 * -14])
+    expected = y.square().mean() + (1 - y).square().mean()
+    assert metrics["losses/critic_loss"].item() == pytest.approx(expected.item())
+    assert metrics["losses/q_values"].item() == 0.5
+    sampled = sample_actions(net, batch.next_obs, noise.next_actions, schedule, args.score_target, args.action_noise)
+    torch.testing.assert_close(seen[0], sampled)
 
 
 def exact_posterior_mean(drift, u, s) -> torch.Tensor:
@@ -342,17 +366,18 @@ def test_actor_loss_is_zero_at_its_target(score_target):
         u, s = noisy_actions / alphas_cumprod.sqrt(), (sigma / alphas_cumprod.sqrt()).expand(-1, ACT)
         return exact_posterior_mean(drift.flatten(), u.double().flatten(), s.double().flatten()).view(64, ACT).float()
 
+    def loss(predict) -> dict:
+        return update(learner_of(FixedScore(predict), Fixed(critic)), batch, noise, schedule, args)
+
     if score_target == "released":
-        loss, _, metrics = actor_loss(score_net, critic, batch, noise, schedule, torch.zeros(2), args)
-        assert loss.item() == pytest.approx(0, abs=1e-10)
+        metrics = loss(score_net)
+        assert metrics["losses/actor_loss"].item() == pytest.approx(0, abs=1e-10)
         assert metrics["diffusion/cosine"].item() == pytest.approx(1, abs=1e-5)
     else:
-        constant = actor_loss(
-            lambda *a: torch.full((64, ACT), 0.3), critic, batch, noise, schedule, torch.zeros(2), args
-        )
         noisy = (x := schedule.alphas_cumprod[noise.t, None]).sqrt() * batch.actions + (1 - x).sqrt() * noise.actions
         expected = (0.3 - score_net(batch.obs, noisy, noise.t)).square().mean()
-        assert constant[0].item() == pytest.approx(expected.item(), rel=1e-4)
+        actual = loss(lambda *_: torch.full((64, ACT), 0.3))["losses/actor_loss"]
+        assert actual.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_posterior_asks_for_the_gradient_inside_the_box_only():
@@ -372,39 +397,51 @@ def test_posterior_asks_for_the_gradient_inside_the_box_only():
     def critic(obs, actions):
         return Boxed.apply(actions).square().sum(-1).expand(2, -1)
 
-    for prediction in (-5.0, 0.3, 5.0):
-        net = lambda *_: torch.full((64, ACT), prediction)  # noqa: B023, E731
-        actor_loss(net, critic, batch, noise, schedule, torch.zeros(2), Args())
-    assert asked == pytest.approx([1, 0.3, 1])
-    actor_loss(net, critic, batch, noise, schedule, torch.zeros(2), Args(score_target="released"))
-    assert asked[-1] > 1
+    for target, prediction, most in (("posterior", -5.0, 1), ("posterior", 0.3, 0.3), ("released", 0.3, None)):
+        net, q = FixedScore(lambda *_: torch.full((64, ACT), prediction)), Fixed(critic)  # noqa: B023
+        update(learner_of(net, q), batch, noise, schedule, Args(score_target=target))
+        assert asked[-1] == pytest.approx(most) if most else asked[-1] > 1
 
 
 @pytest.mark.parametrize("score_target", ["released", "posterior"])
-def test_actor_gradient_against_finite_differences_and_none_to_the_critics(score_target):
-    args = Args(score_target=score_target, alpha=2.0, diffusion_steps=5)
+def test_actor_gradient_against_finite_differences_and_none_to_the_critics(score_target, monkeypatch):
+    args = Args(score_target=score_target, alpha=2.0, diffusion_steps=5, normalize_q_grad=False, tau=0.0)
     torch.manual_seed(0)
     net, critic = ScoreNet(OBS, ACT, (8, 8), 5).double(), Critic(OBS, ACT, (8, 8)).double()
-    schedule = [x.double() for x in make_schedule("vp", 5)]
+    schedule = qsm.Schedule(*(x.double() for x in make_schedule("vp", 5)))
     batch = Batch(*(x.double() for x in random_batch()))
     noise = draw_noise(5, B, ACT, generator())
-    noise = Noise(noise.next_actions, noise.actions.double(), noise.t)
+    noise = Noise(noise.next_actions.double(), noise.actions.double(), noise.t)
+    learner = learner_of(net, critic)
 
-    def loss():
-        return actor_loss(net, critic, batch, noise, qsm.Schedule(*schedule), torch.zeros(2).double(), args)[0]
+    def loss() -> float:
+        return update(learner, batch, noise, schedule, args)["losses/actor_loss"].item()
 
-    loss().backward()
-    assert all(p.grad is None for p in critic.parameters())
-    for parameter in net.parameters():
+    loss()
+    gradients = [p.grad.clone() for p in net.parameters()]
+    if score_target == "posterior":  # the target moves with the prediction, but no gradient flows there: hold it
+        targets, mean = [], qsm.posterior_mean
+        monkeypatch.setattr(qsm, "posterior_mean", lambda *inputs: targets.append(mean(*inputs)) or targets[0])
+    loss()
+    for parameter, gradient in zip(net.parameters(), gradients, strict=True):
         flat, h = parameter.data.view(-1), 1e-6
         for k in range(0, len(flat), max(1, len(flat) // 3)):
             value = flat[k].item()
             flat[k] = value + h
-            up = loss().item()
+            up = loss()
             flat[k] = value - h
-            down = loss().item()
+            down = loss()
             flat[k] = value
-            assert parameter.grad.view(-1)[k].item() == pytest.approx((up - down) / (2 * h), rel=1e-4, abs=1e-7)
+            assert gradient.view(-1)[k].item() == pytest.approx((up - down) / (2 * h), rel=1e-4, abs=1e-7)
+
+    loss()
+    next_actions = sample_actions(net, batch.next_obs, noise.next_actions, schedule, score_target, args.action_noise)
+    next_q = learner.critic_target(batch.next_obs, next_actions).amin(0)
+    y = batch.rewards + args.gamma * (1 - batch.terminations) * next_q
+    critic_loss = (critic(batch.obs, batch.actions) - y).square().mean(1).sum()
+    expected = torch.autograd.grad(critic_loss, list(critic.parameters()))
+    for parameter, gradient in zip(critic.parameters(), expected, strict=True):  # line 6 has added nothing
+        torch.testing.assert_close(parameter.grad, gradient)
 
 
 def test_gradient_scale_is_the_running_mean_and_makes_the_target_scale_free():
@@ -412,38 +449,30 @@ def test_gradient_scale_is_the_running_mean_and_makes_the_target_scale_free():
     assert args.normalize_q_grad
     critic = QuadraticCritic()
     targets = []
-
-    def score_net(obs, noisy_actions, t):
-        return torch.zeros_like(noisy_actions)
-
     for reward_scale in (1.0, 10.0):
-        q_scale, values = torch.zeros(2), []
+        net = FixedScore(lambda obs, noisy_actions, t: torch.zeros_like(noisy_actions))
+        learner, values = learner_of(net, Fixed(lambda s, a, k=reward_scale: k * critic(s, a))), []
         for seed in range(4):
-            noise = draw_noise(10, 64, ACT, generator(seed))
-            loss, q_scale, metrics = actor_loss(
-                score_net, lambda s, a, k=reward_scale: k * critic(s, a), batch, noise, schedule, q_scale, args
-            )
+            batch = random_batch(64, seed)
+            metrics = update(learner, batch, draw_noise(10, 64, ACT, generator(seed)), schedule, args)
             values.append(metrics["diffusion/q_grad_abs"].item())
         weights = [0.999**k for k in (3, 2, 1, 0)]
         expected = sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
-        assert (q_scale[0] / q_scale[1]).item() == pytest.approx(expected, rel=1e-4)
-        targets.append(loss.item())
+        assert (learner.q_scale[0] / learner.q_scale[1]).item() == pytest.approx(expected, rel=1e-4)
+        targets.append(metrics["losses/actor_loss"].item())
+    assert len(set(values)) == 4
     assert targets[0] == pytest.approx(targets[1], rel=1e-4)
 
 
 def test_wrong_shapes_raise():
-    batch, args = random_batch(), Args()
-    T = args.diffusion_steps
-    net, critic, schedule = ScoreNet(OBS, ACT, (8,), T), Critic(OBS, ACT, (8,)), make_schedule("cosine", T)
-    noise = torch.randn(T + 1, B, ACT)
+    batch, args = random_batch(), Args(hidden_dims=(8,))
+    learner, schedule = make_learner(args, OBS, ACT, "cpu"), make_schedule("log-snr", 10)
     for name in ("rewards", "terminations"):
         bad = batch._replace(**{name: getattr(batch, name)[:, None]})
         with pytest.raises(ValueError, match=name):
-            td_target(net, critic, bad, noise, schedule, args)
+            update(learner, bad, draw_noise(10, B, ACT, generator()), schedule, args)
         with pytest.raises(ValueError, match=name):
             ReplayBuffer(10, OBS, ACT).add(bad)
-    with pytest.raises(ValueError, match="target_q"):
-        critic_loss(critic, batch, torch.zeros(B, 1))
 
 
 # --------------------------------------------------------------------------------------------------- whole updates
@@ -469,10 +498,8 @@ def test_update_moves_critics_targets_and_score_as_stated():
 
 
 def everything_in(learner) -> list[torch.Tensor]:
-    """Copies of weights, optimizer states and gradient scale."""
-    modules = [x for net in learner[:3] for x in net.parameters()]
-    states = [x for optimizer in learner[3:5] for x in optimizer.state_dict().values()]
-    return [x.detach().clone() for x in [*modules, *states, learner.q_scale]]
+    """Copies of weights, optimizer states and gradient scale, without the count of skipped steps."""
+    return [x.detach().clone() for x in fast.tensors_in(learner)[:-1]]
 
 
 @pytest.mark.parametrize("score_target", ["released", "posterior"])
@@ -483,13 +510,12 @@ def test_update_with_a_non_finite_loss_changes_nothing(score_target):
     batch, noise = random_batch(), draw_noise(3, B, ACT, generator())
     update(learner, batch, noise, schedule, args)
     bad_rewards = batch._replace(rewards=batch.rewards.index_fill(0, torch.tensor([2]), math.nan))
-    before = everything_in(learner)
+    critics = [*learner.critic.parameters(), *learner.critic_target.parameters()]
+    critics_before, before = [p.clone() for p in critics], everything_in(learner)
     update(learner, bad_rewards, noise, schedule, args)
     assert learner.skipped == 1
-    critic = slice(len(list(learner.score_net.parameters())), None)
-    networks = [p for net in learner[:3] for p in net.parameters()]
-    for x, y in zip(networks[critic], before[: len(networks)][critic], strict=True):
-        assert torch.equal(x, y)
+    assert all(torch.equal(x, y) for x, y in zip(critics, critics_before, strict=True))
+    assert not torch.equal(everything_in(learner)[0], before[0])
     before = everything_in(learner)
     for value in (math.nan, math.inf):
         obs = batch.obs.index_fill(0, torch.tensor([2]), value)
@@ -499,23 +525,30 @@ def test_update_with_a_non_finite_loss_changes_nothing(score_target):
     assert learner.skipped == 5
     update(learner, batch, noise, schedule, args)
     assert learner.skipped == 5
-    assert not any(torch.equal(x, y) for x, y in zip(networks[:4], before[:4], strict=True))
+    assert not torch.equal(everything_in(learner)[0], before[0])
 
 
-def test_adam_is_that_of_torch():
-    """Over 50 steps of gradients of very different sizes, with a learning rate that changes."""
-    net = torch.nn.Linear(3, 2)
-    reference = copy.deepcopy(net)
-    ours, theirs = fast.Adam(net, 1e-2), torch.optim.Adam(reference.parameters(), lr=1e-2)
+def test_adam_of_compiled_updates_is_that_of_torch():
+    """fast.adam in place of torch's kernel over 50 steps: gradients of many sizes, another lr in each, one left out."""
+    nets = [torch.nn.Linear(3, 2)]
+    nets.append(copy.deepcopy(nets[0]))
+    ours, theirs = (make_optimizer(net, 1e-2) for net in nets)
+    state = [ours.state[p] for p in nets[0].parameters()]
+    lists = [[s[name] for s in state] for name in ("exp_avg", "exp_avg_sq", "step")]
+    constants = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "amsgrad": False, "maximize": False}
     for seed in range(50):
-        grads = [10 ** (seed % 7 - 4) * torch.randn(p.shape, generator=generator(seed)) for p in net.parameters()]
-        ours.lr.fill_(1e-2 / (1 + seed))
-        theirs.param_groups[0]["lr"] = 1e-2 / (1 + seed)
-        assert ours.step(net, grads, torch.zeros(())) == 0
-        for parameter, grad in zip(reference.parameters(), grads, strict=True):
-            parameter.grad = grad
+        grads = [10 ** (seed % 7 - 4) * torch.randn(p.shape, generator=generator(seed)) for p in nets[0].parameters()]
+        theirs.found_inf = torch.tensor(float(seed == 7))
+        theirs.param_groups[0]["lr"].fill_(1e-2 / (1 + seed))
+        for parameter, grad in zip(nets[1].parameters(), grads, strict=True):
+            parameter.grad = grad.clone()
         theirs.step()
-        for x, y in zip(net.parameters(), reference.parameters(), strict=True):
+        with torch.no_grad():
+            torch._foreach_add_(lists[2], 1)
+            flags = {"lr": torch.tensor(1e-2 / (1 + seed)), "found_inf": theirs.found_inf}
+            fast.adam(list(nets[0].parameters()), grads, *lists[:2], [], lists[2], **constants, **flags)
+            torch._foreach_sub_(lists[2], [theirs.found_inf] * 2)
+        for x, y in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
             torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-7)
 
 
@@ -561,13 +594,14 @@ def test_updates_on_two_threads_give_the_same_bits_every_time(compiled):
     args, schedule = Args(hidden_dims=(256, 256), diffusion_steps=5), make_schedule("cosine", 5)
     step, results, threads = fast.compiled(update, on_cpu=True) if compiled else update, [], torch.get_num_threads()
     learner = make_learner(args, OBS, ACT, "cpu")
-    tensors = [x for part in learner[:5] for x in part.state_dict().values()] + [*learner[5:]]
-    before = [x.clone() for x in tensors]
+    tensors = fast.tensors_in(learner)
+    before = [x.detach().clone() for x in tensors]
     torch.set_num_threads(2)
     try:
         for _ in range(10):
-            for x, value in zip(tensors, before, strict=True):
-                x.copy_(value)
+            with torch.no_grad():
+                for x, value in zip(tensors, before, strict=True):
+                    x.copy_(value)
             for seed in range(3):
                 step(learner, random_batch(256, seed), draw_noise(5, 256, ACT, generator(seed)), schedule, args)
             results.append(everything_in(learner))
@@ -710,18 +744,16 @@ def learn_four_modes(reward_scale: float, steps: int, states: torch.Tensor, n: i
     torch.manual_seed(0)
     g = generator()
     args = Args(hidden_dims=(128, 128), actor_lr=3e-3, total_timesteps=steps, actor_lr_decay=1)
-    learner, q_scale, T = make_learner(args, 2, 2, "cpu"), torch.zeros(2), args.diffusion_steps
-    schedule = make_schedule(args.beta_schedule, T)
+    T, schedule = args.diffusion_steps, make_schedule(args.beta_schedule, args.diffusion_steps)
+    critic = Fixed(lambda obs, actions: reward_scale * four_modes(obs, actions))
+    learner = learner_of(ScoreNet(2, 2, args.hidden_dims, T), critic)
     for step in range(steps):
         angles = 2 * torch.pi * torch.rand(256, generator=g)
         obs, actions = torch.stack([angles.cos(), angles.sin()], 1), 2 * torch.rand(256, 2, generator=g) - 1
-        batch, noise = Batch(obs, actions, None, None, None), draw_noise(T, 256, 2, g)
-        loss, q_scale, _ = actor_loss(
-            learner.score_net, lambda s, a: reward_scale * four_modes(s, a), batch, noise, schedule, q_scale, args
-        )
-        learner.actor_optimizer.lr.fill_(actor_lr_at(step, args))
-        grads = torch.autograd.grad(loss, list(learner.score_net.parameters()))
-        learner.actor_optimizer.step(learner.score_net, grads, loss)
+        batch = Batch(obs, actions, torch.zeros(256), obs, torch.ones(256))
+        learner.actor_optimizer.param_groups[0]["lr"].fill_(actor_lr_at(step, args))
+        update(learner, batch, draw_noise(T, 256, 2, g), schedule, args)
+    q_scale = learner.q_scale
     noise = torch.randn(T + 1, n, 2, generator=generator(1))
     samples = [
         sample_actions(learner.score_net, state.expand(n, 2), noise, schedule, args.score_target) for state in states
