@@ -157,7 +157,8 @@ def make_envs(
     """
     make_env(env_id).close()  # a bad id fails here, in one line, and not inside worker processes
     if asynchronous is None:
-        asynchronous = 1 < num_envs < (os.cpu_count() or 1)
+        cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+        asynchronous = 1 < num_envs < len(cores)  # the cores that a scheduler lets this process use
     # Gymnasium's default, NEXT_STEP, would put one bogus transition per episode into the buffer.
     main_process = os.getpid()
 

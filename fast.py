@@ -5,6 +5,7 @@ Without `faster` everything is the same up to rounding, only slower.
 
 import copy
 import ctypes
+import importlib.util
 import os
 import shutil
 import sys
@@ -70,14 +71,16 @@ def decide(args, device: torch.device) -> None:
     Raises:
         ValueError: with one line to show, if they are True and cannot be had.
     """
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as torch.compile looks for it
-    can_compile = device.type == "cuda" or bool(shutil.which(compiler))
+    on_cuda = device.type == "cuda"
+    variable, usual = ("CC", "gcc") if on_cuda else ("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    compiler = os.environ.get(variable, usual)  # as Triton and Inductor look for it
+    can_compile = bool(shutil.which(compiler)) and (not on_cuda or importlib.util.find_spec("triton") is not None)
     if args.compile is None:
         args.compile = can_compile and args.utd * (args.total_timesteps - args.learning_starts) > 20_000
     if args.cuda_graph is None:
         args.cuda_graph = device.type == "cuda"
     if args.compile and not can_compile:
-        raise ValueError(f"--compile True needs a C++ compiler on a CPU: install {compiler}")
+        raise ValueError(f"--compile True needs a compiler: install {compiler}" + (" and triton" if on_cuda else ""))
     if args.cuda_graph and device.type != "cuda":
         raise ValueError(f"--cuda-graph True needs a CUDA device, not {device}")
 
@@ -171,33 +174,54 @@ def keep_freed_memory() -> None:
 def captured(update):
     """`update` as one CUDA graph, captured in its first call. Called like `update`, always with the first learner.
 
+    The graph is replayed once and compared with an update that is not captured, from the same state. Where it cannot be
+    captured or differs by more than 1e-4, one line says so, and updates go on without it.
+
     Batch and noise are copied into the tensors that the graph was captured with, so that noise is fresh on every
     replay. The metrics are the graph's own and change with the next call.
     """
     graph = torch.cuda.CUDAGraph()
-    inputs, metrics = [], {}
+    inputs, metrics, use = [], {}, []
 
     def capture(learner, batch, noise, schedule, args) -> None:
         batch, noise = (type(part)(*(x.clone() for x in part)) for part in (batch, noise))
         changed = tensors_in(learner)
         before = [x.detach().clone() for x in changed]
+
+        @torch.no_grad()
+        def restore() -> list[torch.Tensor]:
+            after = [x.clone() for x in changed]
+            torch._foreach_copy_(changed, before)
+            return after
+
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # compiles, and makes what is made on first use
             for _ in range(3):
                 update(learner, batch, noise, schedule, args)
+                expected = restore()
         torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph):
-            metrics.update(update(learner, batch, noise, schedule, args))
-        with torch.no_grad():
-            for x, value in zip(changed, before, strict=True):
-                x.copy_(value)
+        try:
+            with torch.cuda.graph(graph):
+                metrics.update(update(learner, batch, noise, schedule, args))
+            graph.replay()
+            largest = max((x - y).abs().max().item() for x, y in zip(restore(), expected, strict=True))
+            use.append(largest < 1e-4)
+            problem = f"its result differs by {largest:.1e}"
+        except RuntimeError as error:
+            restore()
+            use.append(False)
+            problem = str(error).splitlines()[0]
+        if not use[0]:
+            print(f"updates are not captured as a CUDA graph: {problem}")
         inputs.extend((*batch, *noise))
 
     def replay(learner, batch, noise, schedule, args) -> dict[str, torch.Tensor]:
-        if not inputs:
+        if not use:
             with torch.cuda.device(schedule.betas.device):
                 capture(learner, batch, noise, schedule, args)
+        if not use[0]:
+            return update(learner, batch, noise, schedule, args)
         for x, value in zip(inputs, (*batch, *noise), strict=True):
             x.copy_(value)
         graph.replay()

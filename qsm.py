@@ -33,6 +33,7 @@ and DIF its jaxrl5/networks/diffusion.py. Where paper and released code differ, 
 
 import atexit
 import copy
+import itertools
 import math
 import os
 import random
@@ -386,8 +387,15 @@ def best_of(
 
 
 def evaluate(
-    score_net: ScoreNet, critic: Critic, envs, schedule: Schedule, args: Args, seed: int, candidates: int = 1
-) -> list[tuple[float, int]]:
+    score_net: ScoreNet,
+    critic: Critic,
+    envs,
+    schedule: Schedule,
+    args: Args,
+    seed: int,
+    candidates: int = 1,
+    stopped=lambda: False,
+) -> list[tuple[float, int]] | None:
     """(return, length) of one episode in each environment: actions sampled, without action noise (SML:306-320).
 
     Environments and random numbers are its own and start from `seed`: the training run is the same with and
@@ -399,6 +407,8 @@ def evaluate(
     episodes: dict[int, tuple[float, int]] = {}
     obs, _ = envs.reset(seed=seed)
     while len(episodes) < envs.num_envs:
+        if stopped():
+            return None
         noise = torch.randn(noise_shape, device=device, generator=generator)
         actions = best_of(score_net, critic, to_tensor(obs, device), noise, schedule, args)
         obs, _, terminations, truncations, infos = envs.step(actions.cpu().numpy())
@@ -435,9 +445,11 @@ def args_of(saved: dict) -> Args:
 
 def evaluate_saved(args: Args) -> Path:
     """--evaluate: print the returns of a saved policy and add them to evaluate.csv in its folder."""
-    runs.name_ignored(args, {"evaluate", "eval_episodes", "candidates", "seed", "device", "capture_video"})
+    runs.name_ignored(args, {"evaluate", "eval_episodes", "candidates", "seed", "device", "capture_video", "env_id"})
     model = runs.load_model(args.evaluate / "model.pt")
     trained, global_step, seed = args_of(model["args"]), model["global_step"], args.seed + 1_000_000
+    if ":" in trained.env_id and args.env_id != trained.env_id:  # gym.make would import, and so run, that module
+        raise CheckpointError(f"the model names code to import; if you trust it, add --env-id {trained.env_id}")
     video = args.evaluate / "videos" / f"step-{global_step}-seed-{args.seed}" if args.capture_video else None
     device = runs.get_device(args.device)
     try:
@@ -471,6 +483,7 @@ def train(args: Args) -> Path:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
         torch.use_deterministic_algorithms(True)
     device = runs.get_device(args.device)
+    given = dict(vars(args))  # as they are saved: what `decide` fills in depends on the machine
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
@@ -497,17 +510,21 @@ def train(args: Args) -> Path:
     obs, _ = envs.reset(seed=args.seed)  # env i gets seed + i
     if saved:
         restored = runs.restore_checkpoint(run_path / "checkpoint.zip", saved, learner, buffer, envs, (rng, log_rng))
-        global_step, num_updates, saved_obs, metrics, last_returns = saved["loop"]["state"]
+        global_step, num_updates, saved_obs, numbers, last_returns = saved["loop"]["state"]
+        metrics = {name: torch.tensor(value, device=device) for name, value in numbers.items()}
         obs = saved_obs if restored else obs  # without the simulators' state, new episodes are started
     else:
-        run_path = args.run_dir / f"{re.sub('[/:]', '-', args.env_id)}__qsm__{args.seed}__{int(time.time())}"
-    run = RunFolder(run_path, vars(args), resumed_at=global_step if saved else None)
+        name = f"{re.sub('[/:]', '-', args.env_id)}__qsm__{args.seed}__{int(time.time())}"
+        tries = (args.run_dir / (f"{name}-{n}" if n else name) for n in itertools.count())
+        run_path = next(path for path in tries if not path.exists())
+    run = RunFolder(run_path, given, resumed_at=global_step if saved else None)
 
     if not args.checkpoint_buffer:
         print("checkpoints without the replay buffer: after a --resume no update is made until a new one is filled")
 
     def save(with_simulators: bool = True) -> bool:
-        state = (global_step, num_updates, obs, metrics, last_returns)
+        numbers = {name: value.item() for name, value in metrics.items()}
+        state = (global_step, num_updates, obs, numbers, last_returns)
         return run.save(global_step, state, learner, buffer, envs, (rng, log_rng), with_simulators)
 
     def give_up(reason: object) -> NoReturn:
@@ -517,13 +534,22 @@ def train(args: Args) -> Path:
 
     def run_evaluation() -> None:
         seed = args.seed + 1_000_000  # apart from the training environments' seed .. seed + num_envs - 1
-        episodes = evaluate(learner.score_net, learner.critic, eval_envs, schedule, args, seed, args.candidates)
-        run.log_evaluation(global_step, args.candidates, episodes)
+        policy = learner.score_net, learner.critic
+        try:
+            episodes = evaluate(
+                *policy, eval_envs, schedule, args, seed, args.candidates, lambda: bool(stop_request.signum)
+            )
+        except Exception as error:  # a simulator's own, of any kind; what is trained is not lost for it
+            tqdm.write(f"step {global_step}: no evaluation, {type(error).__name__}: {runs.one_line(error)}")
+            return
+        if episodes:
+            run.log_evaluation(global_step, args.candidates, episodes)
 
     stop_request = StopRequest()
     act, update_once = faster(best_of, update, args, device)  # or best_of, update: only speed differs
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True, mininterval=1.0)
-    if args.eval_every and not saved:
+    evaluation_due = args.eval_every and global_step % args.eval_every < args.num_envs
+    if evaluation_due and not run.has_evaluation(global_step):  # the first, or one that a signal broke off
         run_evaluation()
     log_time, log_step = time.perf_counter(), global_step
 

@@ -8,6 +8,8 @@ model.pt.
 
 import contextlib
 import csv
+import errno
+import fcntl
 import io
 import os
 import pickle
@@ -26,6 +28,8 @@ from tqdm import tqdm
 
 from buffer import ReplayBuffer
 
+OF_THE_DISK = [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM]
+OF_THE_DISK += [errno.EEXIST, errno.ENOENT, errno.ENOTDIR]
 CHUNK = 1 << 16  # rows of the buffer that are copied at a time: a checkpoint needs no second copy of it in memory
 
 
@@ -106,19 +110,20 @@ def errors_in_one_line():
             stop(f"out of GPU memory, {advice}: {one_line(error)}")
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch's is a RuntimeError
             stop("out of memory, try a lower --batch-size, --hidden-dims, --diffusion-steps or --candidates")
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and error.errno in OF_THE_DISK:
             stop(f"{error.filename or 'the folder of the run'}: {error.strerror or error}")
         raise
     except KeyboardInterrupt:  # outside the loop of a training run, which ends its step first
         stop("stopped", code=130)
+    finally:
+        StopRequest.restore()
+        StopRequest.signum = 0
 
 
 def start_tracking(path: Path, args: dict) -> None:
     """Mirror the event file, which must not be open yet, to Weights & Biases."""
-    try:
-        import wandb
-    except ImportError:
-        stop("--track needs: pip install wandb")
+    import wandb
+
     run = {"project": args["wandb_project"], "entity": args["wandb_entity"], "id": path.name, "config": args}
     try:
         wandb.init(**run, resume="allow", sync_tensorboard=True)  # a resumed run goes on under its id
@@ -140,18 +145,32 @@ class RunFolder:
 
     def __init__(self, path: Path, args: dict, resumed_at: int | None = None):
         self.path, self.args = path, {k: str(v) if isinstance(v, Path) else v for k, v in args.items()}
-        if args["track"]:
-            start_tracking(path, self.args)
+        if args["track"]:  # before the folder is made
+            try:
+                import wandb  # noqa: F401
+            except ImportError:
+                stop("--track needs: pip install wandb")
         if resumed_at is None:
             path.mkdir(parents=True)
+        self.files = [(path / "lock").open("w")]
+        try:
+            fcntl.flock(self.files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when the process ends, however it ends
+        except BlockingIOError:
+            stop(f"{path} is in use by another process")
+        if args["track"]:
+            start_tracking(path, self.args)
         self.events = SummaryWriter(path, purge_step=None if resumed_at is None else resumed_at + 1)
         if resumed_at is None:
             rows = "\n".join(f"|{name}|{value}|" for name, value in self.args.items())
             self.events.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
-        self.files = []
         self.episodes = self._csv("episodes.csv", ["global_step", "env", "return", "length"], resumed_at)
         header = ["global_step", "candidates", "episode", "return", "length"]
         self.evaluations = self._csv("evaluations.csv", header, resumed_at)
+
+    def has_evaluation(self, global_step: int) -> bool:
+        """Is one of this step in evaluations.csv?"""
+        rows = (self.path / "evaluations.csv").read_text().splitlines()
+        return any(row.startswith(f"{global_step},") for row in rows)
 
     def _csv(self, name: str, header: list[str], resumed_at: int | None):
         rows, path = [], self.path / name
@@ -231,7 +250,8 @@ class StopRequest:
         StopRequest.signum = signum
         self.restore()
 
-    def restore(self) -> None:
+    @staticmethod
+    def restore() -> None:
         """Give both signals their usual effect again."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -239,20 +259,22 @@ class StopRequest:
 
 def _random_states(envs, generators) -> list:
     """Every random state of this process; those of the environments are in their snapshots."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    libraries = [random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda]
-    return [*libraries, envs.action_space.np_random.bit_generator.state, [g.get_state() for g in generators]]
+    libraries = [random.getstate(), np.random.get_state(), torch.get_rng_state()]  # nothing draws from CUDA's own
+    own = [(g.device.type, g.get_state()) for g in generators]
+    return [*libraries, envs.action_space.np_random.bit_generator.state, own]
 
 
 def _set_random_states(states: list, envs, generators) -> None:
-    python, numpy, cpu, cuda, actions, own = states
+    python, numpy, cpu, actions, own = states
     random.setstate(python)
     np.random.set_state(numpy)
     torch.set_rng_state(cpu)
-    torch.cuda.set_rng_state_all(cuda)
     envs.action_space.np_random.bit_generator.state = actions
-    for generator, state in zip(generators, own, strict=True):
-        generator.set_state(state)
+    for generator, (device, state) in zip(generators, own, strict=True):
+        if device == generator.device.type:
+            generator.set_state(state)
+        else:  # states of CPU and CUDA generators differ; the generator goes on from its seed
+            print(f"not bit for bit: saved on {device}, resumed on {generator.device.type}")
 
 
 @contextlib.contextmanager
@@ -342,7 +364,7 @@ def load_checkpoint(path: Path) -> dict:
     try:
         with zipfile.ZipFile(path) as archive:
             run = pickle.loads(archive.read("run.pkl"))
-            return {**run, "tensors": torch.load(io.BytesIO(archive.read("tensors.pt")), weights_only=True)}
+            return {**run, "tensors": torch.load(io.BytesIO(archive.read("tensors.pt")), "cpu", weights_only=True)}
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     except Exception as error:  # a foreign or damaged pickle can fail in any way
@@ -359,6 +381,8 @@ def restore_checkpoint(path: Path, saved: dict, learner, buffer: ReplayBuffer, e
         for name, part in learner._asdict().items():
             state = saved["tensors"][name]
             part.copy_(state) if isinstance(part, torch.Tensor) else part.load_state_dict(state)
+            if isinstance(part, torch.optim.Optimizer):  # torch moves the moments to the device, but not this tensor
+                part.param_groups[0]["lr"] = part.param_groups[0]["lr"].to(buffer.device)
         buffer.size, buffer.position = saved["rows"]
         if not buffer.size:
             print("the checkpoint holds no replay buffer: a new one is filled first, without updates")

@@ -14,9 +14,11 @@ marked with *, which were tried by hand. "Kept" means that the checkpoint and mo
 | Ctrl-C in --evaluate | one line | 130 |
 | full disk while saving | one line, older files kept, training goes on | - |
 | full disk while logging | kept | 1 |
-| run folder exists, or cannot be written to | one line, nothing touched | 1 |
+| run folder in use by another process, or cannot be written to | one line, nothing touched | 1 |
 | checkpoint or model truncated, one bit flipped, empty, foreign, missing, of other sizes | untouched | 2 |
 | environment that raises an error | names it; saved first | 1 |
+| the same in an evaluation | named; training goes on | - |
+| model that names code to import | refused | 2 |
 | GPU (simulated) or CPU out of memory | what to lower; kept | 1 |
 | replay buffer larger than the memory | sizes, what to lower, before training | 1 |
 | unknown or discrete environment, impossible or unknown flag, no such device | one line | 1 |
@@ -628,13 +630,15 @@ def test_fast_matmul_is_float32_and_only_in_the_update():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_captured_updates_agree_with_eager_and_draw_fresh_noise():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_captured_updates_agree_with_eager_and_draw_fresh_noise(compiled):
     args, schedule = Args(hidden_dims=(16, 16), batch_size=16, diffusion_steps=3), make_schedule("cosine", 3, "cuda")
     results = []
     for captured in (False, True):
         torch.manual_seed(0)
         learner = make_learner(args, OBS, ACT, "cuda")
-        step = fast.captured(update) if captured else update
+        step = fast.compiled(update, on_cpu=False) if captured and compiled else update
+        step = fast.captured(step) if captured else step
         rng, losses = torch.Generator("cuda").manual_seed(0), []
         batch = Batch(*(x.cuda() for x in random_batch(16)))
         for _ in range(4):
@@ -1216,15 +1220,131 @@ def test_out_of_memory_gets_one_line(on_gpu, monkeypatch, tmp_path, capsys):
     assert load_checkpoint(run / "checkpoint.zip")
 
 
-def test_run_folder_that_exists_is_left_alone(monkeypatch, tmp_path, capsys):
+def test_two_runs_of_the_same_second_have_folders_of_their_own(monkeypatch, tmp_path):
     monkeypatch.setattr("time.time", lambda: 1_790_000_000.5)
-    run = qsm.main(Args(**QUICK, run_dir=tmp_path))
-    content = {path: path.read_bytes() for path in run.iterdir()}
+    first, second = (qsm.main(Args(**QUICK, run_dir=tmp_path)) for _ in range(2))
+    assert (first.name, second.name) == ("Counter-v0__qsm__1__1790000000", "Counter-v0__qsm__1__1790000000-1")
+
+
+def test_folder_in_use_by_another_process_is_left_alone(checkpointed, capsys):
+    content = {path: path.read_bytes() for path in checkpointed.iterdir()}
+    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); input()"
+    command = [sys.executable, "-c", code, str(checkpointed / "lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        capsys.readouterr()
+        with pytest.raises(SystemExit, match="1"):
+            qsm.main(Args(resume=checkpointed))
+        other.communicate(b"\n")
+    assert "in use by another process" in error_line(capsys)
+    assert content == {path: path.read_bytes() for path in checkpointed.iterdir()}
+    qsm.main(Args(resume=checkpointed))
+
+
+def test_model_that_names_code_is_not_evaluated_unless_asked(checkpointed, monkeypatch, tmp_path, capsys):
+    (tmp_path / "stranger.py").write_text("raise SystemExit('the code of a stranger has run')")
+    monkeypatch.syspath_prepend(tmp_path)
+    model = torch.load(checkpointed / "model.pt", weights_only=True)
+    model["args"]["env_id"] = "stranger:Toy-v0"
+    torch.save(model, checkpointed / "model.pt")
     capsys.readouterr()
-    with pytest.raises(SystemExit, match="1"):
-        qsm.main(Args(**QUICK, run_dir=tmp_path))
-    assert "File exists" in error_line(capsys)
-    assert content == {path: path.read_bytes() for path in run.iterdir()}
+    with pytest.raises(SystemExit, match="2"):
+        qsm.main(Args(evaluate=checkpointed))
+    assert "--env-id stranger:Toy-v0" in error_line(capsys)
+    with pytest.raises(SystemExit, match="stranger has run"):
+        qsm.main(Args(evaluate=checkpointed, env_id="stranger:Toy-v0"))
+
+
+def test_a_stopped_run_leaves_nothing_behind_in_its_process(monkeypatch, tmp_path):
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    real_update = qsm.update
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="143"):
+        patch.setattr(qsm, "update", lambda *args: signal.raise_signal(signal.SIGTERM) or real_update(*args))
+        qsm.main(Args(**QUICK, run_dir=tmp_path / "stopped"))
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(qsm, "update", lambda *args: 1 / 0)
+        qsm.main(Args(**QUICK, run_dir=tmp_path / "failed"))
+    assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+    qsm.main(Args(**QUICK, run_dir=tmp_path / "whole"))
+
+
+def test_failing_evaluation_does_not_end_the_training(monkeypatch, tmp_path, capsys):
+    def fail(*args):
+        raise RuntimeError("the camera broke")
+
+    monkeypatch.setattr(qsm, "evaluate", fail)
+    run = qsm.main(Args(**QUICK | {"eval_every": 30}, run_dir=tmp_path))
+    assert "step 30: no evaluation, RuntimeError: the camera broke" in capsys.readouterr().out
+    assert load_checkpoint(run / "checkpoint.zip")["loop"]["state"][0] == 60
+
+
+def test_signal_breaks_off_an_evaluation_which_a_resumed_run_makes_again(monkeypatch, tmp_path):
+    """Also one whose episodes never end."""
+    step, stepped = Counter.step, []
+
+    def endless(self, action):
+        obs, reward, _, _, info = step(self, action)
+        stepped.append(1)
+        if len(stepped) == 100:
+            signal.raise_signal(signal.SIGTERM)
+        return obs, reward, False, False, info
+
+    changes = QUICK | {"eval_every": 60, "eval_episodes": 2}
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="143"):
+        patch.setattr(Counter, "step", endless)
+        qsm.main(Args(**changes, run_dir=tmp_path / "stopped"))
+    (stopped,) = (tmp_path / "stopped").iterdir()
+    whole = qsm.main(Args(**changes, run_dir=tmp_path / "whole"))
+    qsm.main(Args(resume=stopped))
+    assert (stopped / "evaluations.csv").read_bytes() == (whole / "evaluations.csv").read_bytes()
+
+
+def test_workers_are_for_the_cores_of_this_process(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    envs = make_envs("Counter-v0", 2)
+    assert isinstance(envs, gym.vector.SyncVectorEnv)
+    envs.close()
+
+
+def test_checkpoint_of_another_kind_of_device_is_resumed_and_told(checkpointed, monkeypatch, capsys):
+    """Generator states are the only part of a checkpoint that a CPU cannot take from CUDA."""
+    load = runs.load_checkpoint
+
+    def load_from_cuda(path):
+        saved = load(path)
+        *libraries, own = saved["random"]
+        saved["random"] = [*libraries, [("cuda", state[:16]) for _, state in own]]
+        return saved
+
+    monkeypatch.setattr(runs, "load_checkpoint", load_from_cuda)
+    qsm.main(Args(resume=checkpointed))
+    assert "not bit for bit: saved on cuda, resumed on cpu" in capsys.readouterr().out
+    saved = load(checkpointed / "checkpoint.zip")
+    assert all(isinstance(value, float) for value in saved["loop"]["state"][3].values())
+    assert saved["loop"]["args"]["cuda_graph"] is None  # as given, not as this machine has it
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@needs_cuda
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_cuda_run_with_the_default_path_is_resumed(deterministic, monkeypatch, tmp_path):
+    """Compiled and captured, from the loop; with --deterministic the resumed run has the same bits."""
+    changes = QUICK | {"device": "cuda", "compile": True, "deterministic": deterministic, "checkpoint_every": 40}
+    try:
+        whole = qsm.main(Args(**changes, run_dir=tmp_path / "whole"))
+        with monkeypatch.context() as patch:
+            crash_after_checkpoint(patch)
+            with pytest.raises(Crash):
+                qsm.main(Args(**changes, run_dir=tmp_path / "resumed"))
+        (resumed,) = (tmp_path / "resumed").iterdir()
+        qsm.main(Args(resume=resumed))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for x, y in zip(weights(whole), weights(resumed), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0) if deterministic else torch.testing.assert_close(x, y)
 
 
 def test_other_versions_and_ignored_arguments_are_told(checkpointed, monkeypatch, capsys):
@@ -1265,13 +1385,14 @@ def test_impossible_values_are_refused(bad, capsys):
     assert "--" + next(iter(bad)).replace("_", "-") in capsys.readouterr().err
 
 
-def test_compiling_without_a_compiler_is_refused(monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(ValueError, match="--compile True needs a C\\+\\+ compiler"):
-        fast.decide(Args(compile=True), torch.device("cpu"))
+@pytest.mark.parametrize(("device", "variable"), [("cpu", "CXX"), ("cuda", "CC")])
+def test_compiling_without_a_compiler_is_refused(device, variable, monkeypatch):
+    monkeypatch.setenv(variable, "no-such-compiler")
+    with pytest.raises(ValueError, match="--compile True needs a compiler: install no-such-compiler"):
+        fast.decide(Args(compile=True), torch.device(device))
     args = Args()  # with 990,000 updates, which would be compiled
-    fast.decide(args, torch.device("cpu"))
-    assert (args.compile, args.cuda_graph) == (False, False)
+    fast.decide(args, torch.device(device))
+    assert (args.compile, args.cuda_graph) == (False, device == "cuda")
 
 
 class Crash(Exception):
