@@ -107,7 +107,7 @@ def main(clone: Path) -> None:
             released, _ = released.update(released_batch)
         assert not queue
 
-        ours.actor_optimizer.lr.fill_(actor_lr_at(step, args))
+        ours.actor_optimizer.param_groups[0]["lr"].fill_(actor_lr_at(step, args))
         update(ours, batch, noise, schedule, args)
         copy_weights(released, check)
         differences = {
