@@ -1,6 +1,6 @@
 """How an update is made fast: one compiled graph, CUDA graph. Speed only; nothing here is specific to QSM.
 
-Without `faster` everything is the same up to rounding, only slower.
+Without `accelerate` everything is the same up to rounding, only slower.
 """
 
 import copy
@@ -65,11 +65,11 @@ def tensors_in(learner) -> list[torch.Tensor]:
     return tensors
 
 
-def decide(args, device: torch.device) -> None:
+def resolve_flags(args, device: torch.device) -> None:
     """Set `args.compile` and `args.cuda_graph` where they are None.
 
     Raises:
-        ValueError: with one line to show, if they are True and cannot be had.
+        ValueError: with one line to show, if they are requested but unavailable.
     """
     on_cuda = device.type == "cuda"
     variable, usual = ("CC", "gcc") if on_cuda else ("CXX", "clang++" if sys.platform == "darwin" else "g++")
@@ -85,8 +85,8 @@ def decide(args, device: torch.device) -> None:
         raise ValueError(f"--cuda-graph True needs a CUDA device, not {device}")
 
 
-def faster(act, update, args, device: torch.device):
-    """`act` and `update`, made fast as `args` say; what has to be compiled or captured is so in the first call."""
+def accelerate(act, update, args, device: torch.device):
+    """`act` and `update`, made fast as `args` say. Compilation and capture happen on the first call."""
     if args.compile:
         on_cpu = device.type == "cpu"
         act = torch.compile(act, fullgraph=True, options={"cpp_wrapper": on_cpu})

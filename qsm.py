@@ -52,7 +52,7 @@ from tqdm import tqdm
 import runs
 from buffer import Batch, ReplayBuffer
 from envs import finished_episodes, finite_float32, make_envs, true_next_obs
-from fast import decide, faster
+from fast import accelerate, resolve_flags
 from networks import Critic, ScoreNet
 from runs import CheckpointError, RunFolder, StopRequest, stop
 
@@ -75,9 +75,8 @@ class Args:
     compile: bool | None = None
     cuda_graph: bool | None = None  # replay the update as one CUDA graph; None: on CUDA
     run_dir: Path = Path("runs")  # where the folder of this run is made: event file, CSVs, networks, checkpoint
-    track: bool = False  # mirror the event file to Weights & Biases (pip install wandb); no network without it
-    wandb_project: str = "qsm"  # its project
-    wandb_entity: str | None = None  # its user or team
+    # mirror the event file to Weights & Biases (pip install wandb), which reads WANDB_PROJECT and WANDB_ENTITY
+    track: bool = False
     total_timesteps: int = 1_000_000  # environment steps, counted over all environments
     num_envs: int = 1  # environments stepped together
     async_envs: bool | None = None  # a worker process for each; None: if there is a core for each, and one more
@@ -85,7 +84,6 @@ class Args:
     eval_episodes: int = 10  # episodes of an evaluation, one per evaluation environment
     log_every: int = 1_000  # environment steps between scalars in the event file
     checkpoint_every: int = 100_000  # environment steps between checkpoints; one is always written at the end
-    checkpoint_buffer: bool = True  # without: small checkpoints, but a resumed run starts with an empty buffer
     resume: Path | None = None  # folder of a run: continue it bit for bit, with the arguments it was started with
     evaluate: Path | None = None  # folder of a run: evaluate its policy, print and log the returns, and exit
     capture_video: bool = False  # with --evaluate: the first episode as mp4 (pip install moviepy)
@@ -372,7 +370,7 @@ def best_of(
     args: Args,
     action_noise: float = 0.0,
 ) -> torch.Tensor:
-    """Of K actions drawn in each of B states the one with the highest min-Q, (B, A); noise is (T + 1, K B, A).
+    """Draw K actions in each of B states and return the one with the highest min-Q, (B, A); noise is (T + 1, K B, A).
 
     K = 1 is the paper's policy. Many diffusion-policy results use K > 1: compare like with like.
     """
@@ -483,13 +481,13 @@ def train(args: Args) -> Path:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
         torch.use_deterministic_algorithms(True)
     device = runs.get_device(args.device)
-    given = dict(vars(args))  # as they are saved: what `decide` fills in depends on the machine
+    given = dict(vars(args))  # as they are saved: what `resolve_flags` fills in depends on the machine
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
 
     try:
-        decide(args, device)
+        resolve_flags(args, device)
         envs = make_envs(args.env_id, args.num_envs, args.async_envs)  # worker processes are forked before CUDA starts
         eval_envs = make_envs(args.env_id, args.eval_episodes, asynchronous=False) if args.eval_every else None
         obs_dim, act_dim = dimensions(envs)
@@ -519,9 +517,6 @@ def train(args: Args) -> Path:
         run_path = next(path for path in tries if not path.exists())
     run = RunFolder(run_path, given, resumed_at=global_step if saved else None)
 
-    if not args.checkpoint_buffer:
-        print("checkpoints without the replay buffer: after a --resume no update is made until a new one is filled")
-
     def save(with_simulators: bool = True) -> bool:
         numbers = {name: value.item() for name, value in metrics.items()}
         state = (global_step, num_updates, obs, numbers, last_returns)
@@ -546,7 +541,7 @@ def train(args: Args) -> Path:
             run.log_evaluation(global_step, args.candidates, episodes)
 
     stop_request = StopRequest()
-    act, update_once = faster(best_of, update, args, device)  # or best_of, update: only speed differs
+    act, update_once = accelerate(best_of, update, args, device)  # without it only the speed differs
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True, mininterval=1.0)
     evaluation_due = args.eval_every and global_step % args.eval_every < args.num_envs
     if evaluation_due and not run.has_evaluation(global_step):  # the first, or one that a signal broke off
@@ -569,8 +564,6 @@ def train(args: Args) -> Path:
         # 2. Update while the environments step. Batches lag by one vector step: the transitions under way are not in
         # the buffer yet. The count is exact: floor(utd * environment steps since learning_starts).
         updates_due = math.floor((global_step - args.learning_starts) * args.utd + 1e-9)
-        if buffer.size < max(1, min(args.learning_starts, args.buffer_size)):  # also after a resume without the buffer
-            num_updates = max(num_updates, updates_due)
         while num_updates < updates_due:
             learner.actor_optimizer.param_groups[0]["lr"].fill_(actor_lr_at(num_updates, args))
             batch = buffer.gather(buffer.sample_indices(args.batch_size, rng))

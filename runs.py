@@ -91,12 +91,12 @@ def name_ignored(args, read: set[str]) -> None:
     defaults = vars(type(args)())
     ignored = [name for name, value in vars(args).items() if value != defaults[name] and name not in read]
     if ignored:
-        print(f"the arguments of the run hold; ignored: {', '.join(ignored)}")
+        print(f"ignoring {', '.join(ignored)}: a saved run keeps its arguments")
 
 
 @contextlib.contextmanager
 def errors_in_one_line():
-    """What a user can mend ends the program with one line that says how."""
+    """Errors that a user can fix end the program with one line."""
     try:
         yield
     except Exception as error:
@@ -124,9 +124,8 @@ def start_tracking(path: Path, args: dict) -> None:
     """Mirror the event file, which must not be open yet, to Weights & Biases."""
     import wandb
 
-    run = {"project": args["wandb_project"], "entity": args["wandb_entity"], "id": path.name, "config": args}
-    try:
-        wandb.init(**run, resume="allow", sync_tensorboard=True)  # a resumed run goes on under its id
+    try:  # a resumed run goes on under its id
+        wandb.init(id=path.name, config=args, resume="allow", sync_tensorboard=True)
     except wandb.Error as error:
         stop(f"--track: {one_line(error)}")
 
@@ -206,7 +205,7 @@ class RunFolder:
         loop = {"args": self.args, "state": state}
         model = {"score_net": learner.score_net.state_dict(), "critic": learner.critic.state_dict()}
         model |= {"args": self.args, "global_step": global_step}
-        what = learner, buffer, envs, generators, self.args["checkpoint_buffer"], with_simulators
+        what = learner, buffer, envs, generators, with_simulators
         self.events.flush()  # or a killed run would lack events from before its checkpoint
         try:
             save_checkpoint(self.path / "checkpoint.zip", loop, *what)
@@ -292,7 +291,7 @@ def whole_file(path: Path):
 
 
 def versions() -> dict[str, str]:
-    """Of everything loaded that the numbers of a run depend on."""
+    """Versions of the libraries that affect results."""
     loaded = {name: sys.modules[name] for name in ("torch", "numpy", "gymnasium", "mujoco") if name in sys.modules}
     return {"python": platform.python_version()} | {name: str(x.__version__) for name, x in loaded.items()}
 
@@ -304,7 +303,6 @@ def save_checkpoint(
     buffer: ReplayBuffer,
     envs,
     generators,
-    with_buffer: bool = True,
     with_simulators: bool = True,
 ) -> None:
     """Write a checkpoint, whole or not at all: to a temporary file, flushed to the disk, then renamed.
@@ -313,7 +311,6 @@ def save_checkpoint(
         loop: arguments, counters and whatever else the loop continues from.
         learner: NamedTuple of modules and tensors.
         generators: the random generators of the run.
-        with_buffer: without the replay buffer the file is small, and a resumed run is not the same run.
         with_simulators: without their state, a resumed run starts with new episodes.
 
     Raises:
@@ -325,7 +322,7 @@ def save_checkpoint(
     for part in learner:
         if isinstance(part, torch.nn.Module) and not all(p.isfinite().all() for p in part.parameters()):
             raise FloatingPointError("the networks have non-finite weights")
-    rows = (buffer.size, buffer.position) if with_buffer else (0, 0)
+    rows = buffer.size, buffer.position
     simulators = envs.get_attr("snapshot") if with_simulators else (None,) * envs.num_envs
     run = {"loop": loop, "rows": rows, "envs": simulators, "random": _random_states(envs, generators)}
     run["versions"] = versions()
@@ -384,8 +381,6 @@ def restore_checkpoint(path: Path, saved: dict, learner, buffer: ReplayBuffer, e
             if isinstance(part, torch.optim.Optimizer):  # torch moves the moments to the device, but not this tensor
                 part.param_groups[0]["lr"] = part.param_groups[0]["lr"].to(buffer.device)
         buffer.size, buffer.position = saved["rows"]
-        if not buffer.size:
-            print("the checkpoint holds no replay buffer: a new one is filled first, without updates")
         with zipfile.ZipFile(path) as archive:
             for name, stored in buffer.storage._asdict().items():
                 with archive.open(f"buffer/{name}") as member:
