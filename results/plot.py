@@ -14,14 +14,27 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 HERE = Path(__file__).parent
-COLORS = {"consistent": "tab:blue", "released": "tab:orange"}
-OTHERS = ("tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "tab:gray")
+COLORS = {
+    "posterior": "tab:blue",
+    "released": "tab:orange",
+    "sac": "tab:green",
+    "td3": "tab:red",
+    "consistent": "tab:gray",
+}
+OTHERS = ("tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")
 
 
 def read(path: Path, column: str) -> tuple[np.ndarray, np.ndarray]:
     """global_step and one column of a CSV, rows without a value left out."""
     rows = [row for row in csv.DictReader(path.open()) if row.get(column)]
     return np.array([int(row["global_step"]) for row in rows]), np.array([float(row[column]) for row in rows])
+
+
+def bound_share(run: Path) -> str:
+    """Mean of the last 10 logged shares of action coordinates on a bound; "-" where none is logged (sac, td3)."""
+    path = run / "scalars.csv"
+    values = read(path, "diffusion/bound_share")[1] if path.exists() else np.array([])
+    return f"{values[-10:].mean():.2f}" if len(values) else "-"
 
 
 def smooth(values: np.ndarray, width: int = 10) -> np.ndarray:
@@ -53,8 +66,7 @@ def plot(group: Path) -> None:
                 curve = at, np.array([evaluations[evaluation_steps == step].mean() for step in at])
             axis.plot(curve[0] / 1000, curve[1], color=color, lw=1.2, label=target if first else None)
             last = evaluations[evaluation_steps == evaluation_steps.max()]
-            _, bound = read(run / "scalars.csv", "diffusion/bound_share")
-            cells = f"{returns[-10:].mean():.0f}", f"{last.mean():.0f} ± {last.std():.0f}", f"{bound[-10:].mean():.2f}"
+            cells = f"{returns[-10:].mean():.0f}", f"{last.mean():.0f} ± {last.std():.0f}", bound_share(run)
             print(f"| {env_id} | {target} | {seed[4:]} | {evaluation_steps.max():,} | {' | '.join(cells)} |")
         for row in paper:
             if row["env_id"] == env_id:
@@ -71,14 +83,23 @@ def plot(group: Path) -> None:
 def ablations() -> None:
     """One panel per task, one column of dots per variant: last 10 training episodes of every seed."""
     groups = {"Pendulum-v1": ["pendulum-10k"], "HalfCheetah-v4": ["ablation-60k", "alpha-60k"]}
-    figure, axes = plt.subplots(1, len(groups), figsize=(10, 3.2), layout="constrained")
-    for axis, (env_id, names) in zip(axes, groups.items(), strict=True):
+    tasks = {}  # variant: last 10 training episodes of every seed
+    for env_id, names in groups.items():
         returns = defaultdict(list)
         for run in sorted(path for name in names for path in (HERE / name).glob(f"{env_id}__*")):
             returns[run.name.split("__")[1]].append(read(run / "episodes.csv", "return")[1][-10:].mean())
+        if returns:
+            tasks[env_id] = returns
+    if not tasks:
+        return
+    figure, axes = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 3.2), squeeze=False, layout="constrained")
+    for axis, (env_id, returns) in zip(axes[0], tasks.items(), strict=True):
         for i, (label, values) in enumerate(returns.items()):
-            axis.plot([i] * len(values), values, "o", color=COLORS.get(label, "tab:gray"), alpha=0.8)
-        axis.axhline(np.mean(returns["consistent"]), color=COLORS["consistent"], lw=0.8)
+            axis.plot([i] * len(values), values, "o", color=COLORS.get(label, "tab:purple"), alpha=0.8)
+        for default in ("posterior", "consistent"):
+            if default in returns:
+                axis.axhline(np.mean(returns[default]), color=COLORS[default], lw=0.8)
+                break
         axis.set_xticks(range(len(returns)), returns, rotation=40, ha="right")
         axis.set(title=env_id, ylabel="return, last 10 episodes")
         axis.spines[["top", "right"]].set_visible(False)
