@@ -105,7 +105,7 @@ def our_update(
     width: int,
     device: torch.device,
     batch_size: int = 256,
-    score_target: str = "consistent",
+    score_target: str = "posterior",
     diffusion_steps: int | None = None,
 ):
     """A function that draws a batch and updates once; `mode` is eager, compiled, graph or compiled graph."""
@@ -123,7 +123,7 @@ def our_update(
     for stored in buffer.storage:
         stored.normal_()
     buffer.size = buffer.capacity
-    _, update = fast.faster(qsm.sample_actions, qsm.update, args, device)
+    _, update = fast.faster(qsm.best_of, qsm.update, args, device)
 
     def function() -> None:
         batch = buffer.gather(buffer.sample_indices(batch_size, rng))
@@ -186,7 +186,7 @@ def part_scaling(device: torch.device, clone: Path | None) -> None:
         sides = {}
         for value in values:
             flags = default | {name: value}
-            size = 17, 6, flags["width"], device, flags["batch_size"], "consistent", flags["diffusion_steps"]
+            size = 17, 6, flags["width"], device, flags["batch_size"], "posterior", flags["diffusion_steps"]
             sides[value] = our_update, mode, *size
         times = {value: ms for value, (ms, _) in in_turns(sides, seconds=6.0).items()}
         cells = []
