@@ -20,6 +20,7 @@ from buffer import Batch
 from qsm import Args, actor_loss, draw_noise, make_learner, make_schedule, q_gradient, sample_actions
 
 HERE, STEPS, B = Path(__file__).parent, (0, 100, 400, 2000), 256
+HILLS = [(right, top) for right in (False, True) for top in (False, True)]
 
 
 def Q(obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
@@ -40,6 +41,15 @@ class Recorder:
         return self.score_net.denoise(features, actions)
 
 
+def score_at_0(score_net, actions: torch.Tensor, schedule, target: str) -> torch.Tensor:
+    """The score at the least noisy level, from what the network predicts there: the clean action or eps."""
+    prediction = score_net(torch.zeros(len(actions), 1), actions, torch.zeros(len(actions), dtype=torch.long))
+    variance = 1 - schedule.alphas_cumprod[0]
+    if target == "posterior":
+        return (schedule.alphas_cumprod[0].sqrt() * prediction - actions) / variance
+    return -prediction / variance.sqrt()
+
+
 def train(target: str):
     """(samples, network) after each number of STEPS, the schedule, alpha relative to Q, by the loss of qsm.py."""
     torch.manual_seed(0)
@@ -52,12 +62,12 @@ def train(target: str):
         if step in STEPS:
             noise = torch.randn(T + 1, 4000, 2, generator=torch.Generator().manual_seed(1))
             recorder = Recorder(learner.score_net)
-            samples = sample_actions(recorder, torch.zeros(4000, 1), noise, schedule)
+            samples = sample_actions(recorder, torch.zeros(4000, 1), noise, schedule, target)
             axis = torch.linspace(-1, 1, 12)
             grid = torch.cartesian_prod(axis, axis)
             with torch.no_grad():
-                eps = learner.score_net(torch.zeros(len(grid), 1), grid, torch.zeros(len(grid), dtype=torch.long))
-            snapshots.append((samples, torch.stack([*recorder.path, samples]), grid, -eps))
+                score = score_at_0(learner.score_net, grid, schedule, target)
+            snapshots.append((samples, torch.stack([*recorder.path, samples]), grid, score))
         batch = Batch(obs, 2 * torch.rand(B, 2, generator=rng) - 1, None, None, None)
         loss, q_scale, _ = actor_loss(learner.score_net, Q, batch, draw_noise(T, B, 2, rng), schedule, q_scale, args)
         learner.actor_optimizer.lr.fill_(1e-2 * (1 - step / (STEPS[-1] + 1)))
@@ -95,8 +105,10 @@ def strip(results: dict) -> None:
     line = torch.linspace(-1, 1, 201)
     for row, (target, (snapshots, alpha)) in zip(axes, results.items(), strict=True):
         for axis, steps, (samples, *_) in zip(row, STEPS, snapshots, strict=False):
-            axis.plot(*samples.T, ".", ms=1, alpha=0.3, color="tab:blue" if target == "consistent" else "tab:orange")
+            axis.plot(*samples.T, ".", ms=1, alpha=0.3, color="tab:blue" if target == "posterior" else "tab:orange")
             on_bound = (samples.abs() == 1).float().mean()
+            shares = [((samples > 0) == torch.tensor(hill)).all(1).float().mean() for hill in HILLS]
+            print(f"{target}, {steps} steps: shares of the hills {', '.join(f'{share:.2f}' for share in shares)}")
             axis.set(title=f"{steps} steps, {on_bound:.0%} on a bound")
             axis.title.set_size(8)
         density = (alpha * (Q(None, torch.cartesian_prod(line, line))[0])).reshape(201, 201).T
@@ -109,6 +121,6 @@ def strip(results: dict) -> None:
 
 
 if __name__ == "__main__":
-    results = {target: train(target) for target in ("consistent", "released")}
-    figure_1(results["consistent"][0])
+    results = {target: train(target) for target in ("posterior", "released")}
+    figure_1(results["posterior"][0])
     strip(results)

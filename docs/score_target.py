@@ -2,8 +2,8 @@
 
     pip install matplotlib && python docs/score_target.py
 
-The network is taken to be exactly at its regression target, with dQ/da in closed form, so that nothing but the target
-and the sampler shows: 200,000 samples of each policy at alpha = 10, and the density proportional to exp(alpha Q).
+The network is taken to be exactly at its regression target, with dQ/da in closed form: only the target and the sampler
+show. 200,000 samples of each policy at alpha = 10, and the density proportional to exp(alpha Q).
 """
 
 import sys
@@ -24,7 +24,7 @@ titles = {"quadratic": "Q = -(a - 0.3)²", "bimodal": "Q = -4 (a² - 0.25)²", "
 grid = torch.linspace(-1, 1, 1001, dtype=torch.float64)
 for axis, (name, title) in zip(axes, titles.items(), strict=True):
     q, q_grad = Q_FUNCTIONS[name]
-    for target, color in (("released", "tab:orange"), ("consistent", "tab:blue")):
+    for target, color in (("released", "tab:orange"), ("posterior", "tab:blue")):
         samples = oracle_samples(q_grad, Args(score_target=target, alpha=10.0), n=200_000)
         density, edges = torch.histogram(samples, bins=50, range=(-1.0, 1.0), density=True)
         axis.stairs(density.clamp(max=3), edges, color=color, fill=True, alpha=0.5, label=target)

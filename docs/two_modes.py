@@ -38,7 +38,7 @@ def panel(axis, run: Path) -> None:
     learner.critic.load_state_dict(model["critic"])
     schedule = make_schedule(args.beta_schedule, args.diffusion_steps)
     noise = torch.randn(args.diffusion_steps + 1, 4000, 1, generator=torch.Generator().manual_seed(0))
-    actions = sample_actions(learner.score_net, obs.expand(4000, -1), noise, schedule)[:, 0]
+    actions = sample_actions(learner.score_net, obs.expand(4000, -1), noise, schedule, args.score_target)[:, 0]
     grid = torch.linspace(-1, 1, 101)[:, None]
     q = learner.critic(obs.expand(101, -1), grid).amin(0)
 
