@@ -1,11 +1,11 @@
 """Why a run with the released target stays where it is: what each target samples from the run's own final critic.
 
-    python results/same_critic.py runs/HalfCheetah-v4__qsm__*
+    python results/same_critic.py runs/HalfCheetah-v4__qsm__*      # a minute or two a run
 
-Beside the trained score network, the same critic is sampled with a network that is exactly at its target (released or
-consistent), so that neither the fit nor the critic can explain a difference. 512 states of the trained policy, 16
-samples at each: share of action coordinates on a bound, standard deviation at one state (uniform: 0.58, a fair coin
-between -1 and 1: 1), mean Q of the samples.
+The same critic is sampled with the trained score network and with a network that is exactly at its target, released or
+posterior. Neither the fit nor the critic can then explain a difference. 128 states of the trained policy, 16 samples at
+each: share of action coordinates on a bound, standard deviation at one state (uniform: 0.58, a fair coin between -1 and
+1: 1), mean Q of the samples.
 """
 
 import sys
@@ -16,31 +16,44 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from envs import make_envs
 from networks import Critic, ScoreNet
-from qsm import Args, eps_target, make_schedule, q_gradient, sample_actions, to_tensor
+from qsm import Args, make_schedule, posterior_mean, q_gradient, sample_actions, to_tensor
 
 SAMPLES = 16
 
 
 class ExactScore:
-    """Stands in for ScoreNet: eps_theta equal to its regression target for this critic, at every t."""
+    """Stands in for ScoreNet: its prediction equal to its regression target for this critic, at every t.
+
+    The posterior target depends on the prediction. Training moves a prediction to it in small steps, and so does this:
+    100 steps of 0.05, from 0.
+    """
 
     def __init__(self, critic: Critic, obs: torch.Tensor, args: Args, scale: torch.Tensor):
         self.critic, self.obs, self.args, self.scale = critic, obs, args, scale
-        self.sigma = (1 - make_schedule(args.beta_schedule, args.diffusion_steps).alphas_cumprod).sqrt()
+        self.schedule = make_schedule(args.beta_schedule, args.diffusion_steps)
 
     def time_features(self) -> torch.Tensor:
-        return self.sigma[:, None]
+        return self.schedule.alphas_cumprod[:, None]
 
     def obs_features(self, obs: torch.Tensor) -> torch.Tensor:
         return torch.zeros(len(obs), 1)
 
-    def denoise(self, features: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        return eps_target(q_gradient(self.critic, self.obs, actions) / self.scale, actions, features, self.args)
+    def drift(self, actions: torch.Tensor) -> torch.Tensor:
+        return self.args.alpha * q_gradient(self.critic, self.obs, actions) / self.scale
+
+    def denoise(self, alphas_cumprod: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        if self.args.score_target == "released":
+            return -self.drift(actions)
+        clean = torch.zeros_like(actions)
+        for _ in range(100):
+            clean = clean.lerp(posterior_mean(self.drift(clean), actions, alphas_cumprod, self.schedule), 0.05)
+        return clean
 
 
 def sample(score, obs: torch.Tensor, args: Args, act_dim: int, action_noise: float = 0.0) -> torch.Tensor:
     noise = torch.randn(args.diffusion_steps + 1, len(obs), act_dim)
-    return sample_actions(score, obs, noise, make_schedule(args.beta_schedule, args.diffusion_steps), action_noise)
+    schedule = make_schedule(args.beta_schedule, args.diffusion_steps)
+    return sample_actions(score, obs, noise, schedule, args.score_target, action_noise)
 
 
 def report(run: Path) -> None:
@@ -60,11 +73,11 @@ def report(run: Path) -> None:
         states.append(to_tensor(obs, "cpu"))
         obs, *_ = envs.step(sample(score_net, states[-1], args, act_dim, args.action_noise).numpy())
     envs.close()
-    obs = torch.cat(states).repeat(SAMPLES, 1)
+    obs = torch.cat(states[::4]).repeat(SAMPLES, 1)
     uniform = torch.rand(len(obs), act_dim) * 2 - 1
     scale = q_gradient(critic, obs, uniform).abs().mean()
     samples = {"score network of the run": sample(score_net, obs, args, act_dim), "uniform": uniform}
-    for target in ("released", "consistent"):
+    for target in ("released", "posterior"):
         exact = Args(score_target=target)
         score = ExactScore(critic, obs, exact, scale if exact.normalize_q_grad else torch.ones(()))
         samples[f"exactly the {target} target"] = sample(score, obs, exact, act_dim)
