@@ -1,9 +1,9 @@
 """The paper's Figure 1, and the policy through training with both score targets beside the exact density.
 
-    pip install matplotlib && python docs/matching.py     # under a minute on a CPU
+    pip install matplotlib && python docs/matching.py     # a minute or two on a CPU
 
-A 2-D action, one state, Q known in closed form: four hills of equal height. The score network, the loss and the sampler
-are those of qsm.py; no critic is trained, so that what shows is the matching alone.
+A 2-D action, one state, Q known in closed form: four hills of equal height. The score network, the update and the
+sampler are those of qsm.py. The critic is the given Q, and no gradient changes it: what shows is the matching alone.
 """
 
 import sys
@@ -17,7 +17,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from buffer import Batch
-from qsm import Args, actor_loss, draw_noise, make_learner, make_schedule, q_gradient, sample_actions
+from networks import ScoreNet
+from qsm import Args, draw_noise, make_schedule, q_gradient, sample_actions, update
+from test_qsm import Fixed, learner_of
 
 HERE, STEPS, B = Path(__file__).parent, (0, 100, 400, 2000), 256
 HILLS = [(right, top) for right in (False, True) for top in (False, True)]
@@ -51,12 +53,12 @@ def score_at_0(score_net, actions: torch.Tensor, schedule, target: str) -> torch
 
 
 def train(target: str):
-    """(samples, network) after each number of STEPS, the schedule, alpha relative to Q, by the loss of qsm.py."""
+    """Samples, denoising paths and scores after each number of STEPS, and alpha relative to Q."""
     torch.manual_seed(0)
     rng = torch.Generator().manual_seed(0)
     args = Args(score_target=target, hidden_dims=(128, 128))
     T, schedule = args.diffusion_steps, make_schedule(args.beta_schedule, args.diffusion_steps)
-    learner, q_scale, obs = make_learner(args, 1, 2, "cpu"), torch.zeros(2), torch.zeros(B, 1)
+    learner, obs = learner_of(ScoreNet(1, 2, args.hidden_dims, T), Fixed(Q)), torch.zeros(B, 1)
     snapshots = []
     for step in range(STEPS[-1] + 1):
         if step in STEPS:
@@ -68,12 +70,11 @@ def train(target: str):
             with torch.no_grad():
                 score = score_at_0(learner.score_net, grid, schedule, target)
             snapshots.append((samples, torch.stack([*recorder.path, samples]), grid, score))
-        batch = Batch(obs, 2 * torch.rand(B, 2, generator=rng) - 1, None, None, None)
-        loss, q_scale, _ = actor_loss(learner.score_net, Q, batch, draw_noise(T, B, 2, rng), schedule, q_scale, args)
-        learner.actor_optimizer.lr.fill_(1e-2 * (1 - step / (STEPS[-1] + 1)))
-        grads = torch.autograd.grad(loss, list(learner.score_net.parameters()))
-        learner.actor_optimizer.step(learner.score_net, grads, loss)
-    scale = (q_scale[0] / q_scale[1]).item() if args.normalize_q_grad else 1.0
+        actions = 2 * torch.rand(B, 2, generator=rng) - 1
+        batch = Batch(obs, actions, torch.zeros(B), obs, torch.ones(B))  # every step ends an episode: no TD target
+        learner.actor_optimizer.param_groups[0]["lr"].fill_(1e-2 * (1 - step / (STEPS[-1] + 1)))
+        update(learner, batch, draw_noise(T, B, 2, rng), schedule, args)
+    scale = (learner.q_scale[0] / learner.q_scale[1]).item() if args.normalize_q_grad else 1.0
     return snapshots, args.alpha / scale
 
 

@@ -28,7 +28,6 @@ HANGING = {  # observations
 }
 
 
-@torch.no_grad()
 def panel(axis, run: Path) -> None:
     model = load_model(run / "model.pt")
     args = args_of(model["args"])
@@ -40,7 +39,7 @@ def panel(axis, run: Path) -> None:
     noise = torch.randn(args.diffusion_steps + 1, 4000, 1, generator=torch.Generator().manual_seed(0))
     actions = sample_actions(learner.score_net, obs.expand(4000, -1), noise, schedule, args.score_target)[:, 0]
     grid = torch.linspace(-1, 1, 101)[:, None]
-    q = learner.critic(obs.expand(101, -1), grid).amin(0)
+    q = learner.critic(obs.expand(101, -1), grid).amin(0).detach()
 
     shares = [(actions < -0.5).float().mean(), (actions > 0.5).float().mean()]
     print(f"{run}: {shares[0]:.2f} of the actions below -0.5, {shares[1]:.2f} above 0.5")
