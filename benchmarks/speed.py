@@ -123,7 +123,7 @@ def our_update(
     for stored in buffer.storage:
         stored.normal_()
     buffer.size = buffer.capacity
-    _, update = fast.faster(qsm.best_of, qsm.update, args, device)
+    _, update = fast.accelerate(qsm.best_of, qsm.update, args, device)
 
     def function() -> None:
         batch = buffer.gather(buffer.sample_indices(batch_size, rng))
