@@ -28,7 +28,7 @@ def linear(in_dim: int, out_dim: int) -> nn.Linear:
 
 
 class ScoreNet(nn.Module):
-    """Noise prediction eps_theta(s, a_t, t); the policy's score is -eps_theta / sqrt(1 - alphas_cumprod_t).
+    """The prediction of the diffusion policy at (s, a_t, t): the clean action, or the noise eps if trained for it.
 
     An MLP with Mish over the concatenation of action, observation and time embedding (released code:
     networks/diffusion.py:45-68). The first layer is kept as three pieces, W [a; s; e] = W_a a + W_s s + W_e e,
@@ -75,14 +75,14 @@ class ScoreNet(nn.Module):
         return F.linear(obs, self.obs_weight)
 
     def denoise(self, features: torch.Tensor, noisy_actions: torch.Tensor) -> torch.Tensor:
-        """eps_theta (B, A) from obs_features + time_features (B, H) and a_t (B, A)."""
+        """The prediction (B, A) from obs_features + time_features (B, H) and a_t (B, A)."""
         x = F.mish(features + F.linear(noisy_actions, self.act_weight))
         for layer in self.hidden:
             x = F.mish(layer(x))
         return self.out(x)
 
     def forward(self, obs: torch.Tensor, noisy_actions: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """eps_theta(s, a_t, t), (B, O), (B, A) and integers (B,) in [0, T) -> (B, A)."""
+        """The prediction at (s, a_t, t), (B, O), (B, A) and integers (B,) in [0, T) -> (B, A)."""
         one_hot = (t[:, None] == self.timesteps).to(obs.dtype)  # (B, T)
         # time_features()[t], whose gradient would be a scatter: with several threads a sum in random order
         return self.denoise(self.obs_features(obs) + one_hot @ self.time_features(), noisy_actions)

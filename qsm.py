@@ -280,7 +280,8 @@ def make_optimizer(net: torch.nn.Module, lr: float) -> torch.optim.Adam:
     device = next(net.parameters()).device
     lr = torch.tensor(lr, device=device)
     optimizer = torch.optim.Adam(net.parameters(), lr, fused=True, capturable=device.type == "cuda")
-    step(optimizer, sum(p.sum() for p in net.parameters()) * math.nan)  # makes the state, moves nothing
+    with torch.enable_grad():  # also for a caller who only wants to act
+        step(optimizer, sum(p.sum() for p in net.parameters()) * math.nan)  # makes the state, moves nothing
     return optimizer
 
 
