@@ -18,8 +18,8 @@ The paper's Algorithm 1, with Psi the score network (of the ICLR 2024 submission
 -alpha dQ/da(s, a_t). The default, posterior, is ours and has another line 6, derived in docs/score_target.md: the
 network predicts the clean action x(s, a_t, t), and is regressed onto the mean of
     p(a_0 | a_t) ~ exp(alpha g a_0) N(a_t; sqrt(alphas_cumprod_t) a_0, 1 - alphas_cumprod_t) on [-1, 1],
-with g = dQ/da(s, x). This is exact where Q is linear. Its score
-is (sqrt(alphas_cumprod_t) x - a_t) / (1 - alphas_cumprod_t).
+with g = dQ/da(s, x). This is exact where Q is linear. The policy's score at a_t is then
+    (sqrt(alphas_cumprod_t) x - a_t) / (1 - alphas_cumprod_t).
 
     python qsm.py --env-id Humanoid-v4
     python qsm.py --env-id HalfCheetah-v4 --num-envs 4 --utd 0.25 --hidden-dims 256 256
