@@ -34,10 +34,10 @@ def mish_backward(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 def adam(params, grads, exp_avgs, exp_avg_sqs, _, steps, *, lr, beta1, beta2, eps, found_inf, **_ignored) -> None:
     """The step of torch's fused Adam, which has increased `steps` already: the formulas of the Adam paper."""
     finite = 1 - found_inf
-    for parameter, grad, exp_avg, exp_avg_sq, t in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
-        t = t.double().view(1)  # in float32 1 - 0.999^t has few digits
-        # By cat the two powers become a tensor in memory; otherwise they would be computed again for each element.
-        bias = torch.cat([1 - beta1**t, 1 - beta2**t]).float()
+    t = steps[0].double().view(1)  # the same for all parameters; in float32 1 - 0.999^t has few digits
+    # By cat the two powers become a tensor in memory; otherwise they would be computed again for each element.
+    bias = torch.cat([1 - beta1**t, 1 - beta2**t]).float()
+    for parameter, grad, exp_avg, exp_avg_sq in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
         grad = torch.where(finite > 0, grad, 0)
         exp_avg.lerp_(grad, (1 - beta1) * finite)
         exp_avg_sq.lerp_(grad.square(), (1 - beta2) * finite)

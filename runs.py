@@ -377,9 +377,10 @@ def restore_checkpoint(path: Path, saved: dict, learner, buffer: ReplayBuffer, e
     try:
         for name, part in learner._asdict().items():
             state = saved["tensors"][name]
+            lr = part.param_groups[0]["lr"] if isinstance(part, torch.optim.Optimizer) else None
             part.copy_(state) if isinstance(part, torch.Tensor) else part.load_state_dict(state)
-            if isinstance(part, torch.optim.Optimizer):  # torch moves the moments to the device, but not this tensor
-                part.param_groups[0]["lr"] = part.param_groups[0]["lr"].to(buffer.device)
+            if lr is not None:  # keep the tensor itself: torch puts another one in its place, on the CPU
+                part.param_groups[0]["lr"] = lr.copy_(part.param_groups[0]["lr"])
         buffer.size, buffer.position = saved["rows"]
         with zipfile.ZipFile(path) as archive:
             for name, stored in buffer.storage._asdict().items():

@@ -675,7 +675,7 @@ def oracle_samples(q_grad, args: Args, n: int = 20_000) -> torch.Tensor:
     does the oracle: 400 steps of 0.03, on a grid of a_t between whose points predictions are interpolated.
     """
     schedule = make_schedule(args.beta_schedule, args.diffusion_steps)
-    grid = torch.linspace(-6, 6, 601)[:, None]
+    grid = torch.linspace(-6, 6, 301)[:, None]
 
     def predict(a, t):
         if args.score_target == "released":
@@ -1441,6 +1441,21 @@ def test_resumed_run_is_the_uninterrupted_run(env_id, async_envs, buffers, monke
         assert (whole / name).read_bytes() == (resumed / name).read_bytes()
     assert len((whole / "episodes.csv").read_text().splitlines()) > 3 or env_id in ("Ant-v4", "Pendulum-v1")
     assert scalars(whole) == scalars(resumed)
+
+
+def test_resumed_run_is_traced_like_the_uninterrupted_one(monkeypatch, tmp_path):
+    """The compiled path without its compiler: what a checkpoint put in place must be found by the trace."""
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs, options: graph)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    changes = QUICK | {"compile": True, "checkpoint_every": 40}
+    whole = qsm.main(Args(**changes, run_dir=tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        crash_after_checkpoint(patch)
+        with pytest.raises(Crash):
+            qsm.main(Args(**changes, run_dir=tmp_path / "resumed"))
+    (resumed,) = (tmp_path / "resumed").iterdir()
+    qsm.main(Args(resume=resumed))
+    assert all(torch.equal(x, y) for x, y in zip(weights(whole), weights(resumed), strict=True))
 
 
 def test_each_checkpoint_is_written_once(monkeypatch, tmp_path):
