@@ -86,11 +86,10 @@ def main(args: Args) -> None:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(["global_step", "candidates", "episode", "return", "length"])
         rows.writerows((model.num_timesteps, 1, i, *e) for i, e in enumerate(zip(returns, lengths, strict=True)))
+    settings = {name: value for name, value in asdict(args).items() if name != "out"}
     versions = {"stable_baselines3": stable_baselines3.__version__, "torch": torch.__version__}
     with (folder / "args.csv").open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(
-            ((asdict(args) | versions) | {"updates": model._n_updates}).items()
-        )
+        csv.writer(file, lineterminator="\n").writerows(((settings | versions) | {"updates": model._n_updates}).items())
     print(name, model._n_updates, "updates, last evaluation", np.mean(returns))
 
 
