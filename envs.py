@@ -1,66 +1,37 @@
-"""Vectorized Gymnasium environments with actions in [-1, 1] and transitions that never cross an episode.
+"""Vectorized Gymnasium environments: actions in [-1, 1], transitions that never cross an episode.
 
-Beside the standard library only gymnasium and numpy are imported, so the file can be copied on its own.
+Beside the standard library only gymnasium and numpy are imported: the file can be copied alone.
 """
 
-import multiprocessing.connection
+import multiprocessing
 import os
 import pickle
 import signal
-import sys
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
-from gymnasium.vector.async_vector_env import AsyncState
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
 
-class SyncEnvs(SyncVectorEnv):
-    """SyncVectorEnv with the `step_async` and `step_wait` of AsyncVectorEnv, so that a loop needs one path only."""
-
-    def step_async(self, actions: np.ndarray) -> None:
-        self._pending_actions = actions
-
-    def step_wait(self):
-        return self.step(self._pending_actions)
+class UserError(Exception):
+    """An error that a user can fix; the text is one line that says how."""
 
 
-class AsyncEnvs(AsyncVectorEnv):
-    """AsyncVectorEnv whose `step_wait` raises ChildProcessError, with one line to show, when a worker died."""
-
-    def step_async(self, actions: np.ndarray) -> None:
-        try:
-            super().step_async(actions)
-        except (BrokenPipeError, ConnectionResetError):
-            self._state = AsyncState.WAITING_STEP  # `step_wait` finds the same end of the pipe
-
-    def step_wait(self, timeout: float | None = None):
-        try:
-            return super().step_wait(timeout)
-        except (EOFError, BrokenPipeError, ConnectionResetError):
-            dead = multiprocessing.connection.wait([process.sentinel for process in self.processes], timeout=1)
-            codes = {}
-            for i, process in enumerate(self.processes):
-                if process.sentinel in dead:
-                    process.join(timeout=1)
-                    codes[i] = process.exitcode
-            self._state = AsyncState.DEFAULT  # or closing would wait for this step again
-            self.close(terminate=True)
-            message = f"the worker process of environment {next(iter(codes), '?')} died (exit codes {codes})"
-            raise ChildProcessError(message) from None
+def one_line(error: Exception) -> str:
+    """Kind and start of the text of an exception."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:250]
 
 
 class Snapshot(gym.Wrapper):
-    """`snapshot` is the state of an environment, mid-episode, as bytes to be set on another copy of it.
+    """`snapshot` is the state of an environment, mid-episode, as bytes to set on another copy.
 
-    The attributes of every layer: the simulator (pickled MjData; MuJoCo's own mj_setState would lose what the next
-    reward is computed from), the time limit's count, the running return, the random state. Without what is the same in
-    every copy. None where a simulator cannot be pickled.
+    It holds the attributes of every layer: the simulator (pickled MjData; MuJoCo's own mj_setState
+    loses what the next reward is computed from), the count of the time limit, the running return,
+    the random state. It is None where a simulator cannot be pickled.
     """
-
-    SHARED = ("env", "func", "model", "mujoco_renderer", "spec", "action_space", "observation_space", "_saved_kwargs")
 
     def layers(self) -> list[gym.Env]:
         layers = [self.env]
@@ -70,10 +41,13 @@ class Snapshot(gym.Wrapper):
 
     @property
     def snapshot(self) -> bytes | None:
-        states = [{k: v for k, v in vars(layer).items() if k not in self.SHARED} for layer in self.layers()]
+        shared = "env func model mujoco_renderer spec action_space observation_space _saved_kwargs"
+        states = [
+            {k: v for k, v in vars(x).items() if k not in shared.split()} for x in self.layers()
+        ]
         try:
             return pickle.dumps(states)
-        except Exception:  # TypeError, AttributeError, ValueError, ...: each simulator fails in its own way
+        except Exception:  # each simulator fails in its own way
             return None
 
     @snapshot.setter
@@ -82,126 +56,121 @@ class Snapshot(gym.Wrapper):
             vars(layer).update(state)
 
 
-def record(env_id: str, video: Path) -> gym.Env:
-    """An environment that writes its first episode to `video`; raises ImportError with what to install."""
-    if sys.platform == "linux" and not os.environ.get("DISPLAY"):
-        os.environ.setdefault("MUJOCO_GL", "egl")  # else MuJoCo tries to open a window
-    env = gym.make(env_id, render_mode="rgb_array")
-    try:
-        env.reset(seed=0)
-        env.render()
-    except Exception as error:  # each backend fails in its own way
-        raise ImportError(f"it cannot be rendered: {error!r}") from None
-    return gym.wrappers.RecordVideo(env, str(video.parent), lambda n: n == 0, name_prefix=video.name)
-
-
 def make_env(env_id: str, video: Path | None = None) -> gym.Env:
     """One environment: flat float observations, actions rescaled from [-1, 1], episode statistics.
 
-    Any Gymnasium id with a Box (or dict of Box) observation and a bounded Box action space; `dm_control/...` ids
-    need the package shimmy.
-
     Args:
-        video: record the first episode as this file, whose name gets "-episode-0.mp4"; needs the package moviepy.
+        env_id: any Gymnasium id with a Box (or dict of Box) observation and a bounded Box action
+            space; dm_control/... needs the package shimmy.
+        video: record the first episode to this path plus "-episode-0.mp4"; needs moviepy.
 
     Raises:
-        ValueError: with one line to show to a user, when the id is unknown, a package is missing, or the spaces
-            are not continuous and bounded.
+        UserError: unknown id, missing package, or spaces that are not continuous and bounded.
     """
-    if env_id.startswith("dm_control/"):
-        try:
-            import shimmy
-        except ImportError:
-            raise ValueError(f"{env_id} needs: pip install 'shimmy[dm-control]'") from None
-        gym.register_envs(shimmy)
+    if multiprocessing.parent_process():  # a worker: Ctrl-C reaches it too, but the main process
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # still needs it to end the step and save
+    if video:
+        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*is out of date")  # v4 is what the published tables use
-            warnings.filterwarnings("ignore", message=".*Overwriting existing videos")
-            env = record(env_id, video) if video else gym.make(env_id)
-    except Exception as error:  # of an environment's constructor, or when MUJOCO_GL names a missing library
-        hint = " (MUJOCO_GL=egl needs libegl1, MUJOCO_GL=osmesa needs libosmesa6)" if "MUJOCO_GL" in os.environ else ""
-        reason = next(iter(str(error).splitlines()), repr(error))
-        raise ValueError(f"cannot make the environment {env_id}: {reason}{hint}") from None
+        if env_id.startswith("dm_control/"):
+            import shimmy
 
-    if not isinstance(env.action_space, gym.spaces.Box):
-        raise ValueError(f"{env_id} has the action space {env.action_space}; QSM needs a continuous one (Box)")
-    if not (np.isfinite(env.action_space.low).all() and np.isfinite(env.action_space.high).all()):
-        raise ValueError(f"{env_id} has an unbounded action space; QSM needs finite bounds, as RescaleAction does")
-    if isinstance(env.observation_space, gym.spaces.Dict) or len(env.observation_space.shape or ()) != 1:
+            gym.register_envs(shimmy)
+        with warnings.catch_warnings():  # v4 is what the published tables use
+            warnings.filterwarnings(
+                "ignore", message=".*(is out of date|Overwriting existing videos)"
+            )
+            env = gym.make(env_id, render_mode="rgb_array" if video else None)
+            if video:
+                env.reset(seed=0)
+                env.render()  # a missing OpenGL library shows here
+                first = {"episode_trigger": lambda episode: episode == 0, "name_prefix": video.name}
+                env = gym.wrappers.RecordVideo(env, str(video.parent), **first)
+    except Exception as error:  # an environment's constructor may raise anything
+        shimmy_hint = "; pip install 'shimmy[dm-control]'" if isinstance(error, ImportError) else ""
+        gl_hint = "; rendering needs libegl1, or libosmesa6 with MUJOCO_GL=osmesa" if video else ""
+        raise UserError(f"cannot make {env_id}: {one_line(error)}{shimmy_hint}{gl_hint}") from None
+
+    actions = env.action_space
+    if not (isinstance(actions, gym.spaces.Box) and actions.is_bounded()):
+        raise UserError(
+            f"{env_id} has the action space {actions}; QSM needs a continuous bounded one (Box)"
+        )
+    if (
+        isinstance(env.observation_space, gym.spaces.Dict)
+        or len(env.observation_space.shape or ()) != 1
+    ):
         env = gym.wrappers.FlattenObservation(env)
     if not isinstance(env.observation_space, gym.spaces.Box):
-        raise ValueError(
-            f"{env_id} has the observation space {env.observation_space}; QSM needs a Box or a dict of Box"
+        raise UserError(
+            f"{env_id} has the observation space {env.observation_space}; QSM needs a Box"
         )
-    # The only place where action bounds are known (Humanoid +-0.4, InvertedPendulum +-3, ...): dQ/da, the sampler's
-    # clamp and alpha then mean the same on every task. RescaleAction does not clip, the sampler's clamp does.
-    one = env.action_space.dtype.type(1)
+    # Bounds differ between tasks (Humanoid +-0.4). RescaleAction does not clip; the sampler does.
+    one = actions.dtype.type(1)
     env = gym.wrappers.RescaleAction(env, -one, one)
-    return Snapshot(gym.wrappers.RecordEpisodeStatistics(env))  # the vector form of the latter would hide step_async
+    return Snapshot(gym.wrappers.RecordEpisodeStatistics(env))
 
 
 def make_envs(
     env_id: str, num_envs: int, asynchronous: bool | None = None, video: Path | None = None
-) -> SyncEnvs | AsyncEnvs:
-    """`num_envs` copies of `env_id`, restarted within the step that ends an episode (SAME_STEP).
+) -> VectorEnv:
+    """`num_envs` copies of `env_id`, which `step` steps. Arguments and errors as in `make_env`.
 
     Args:
-        asynchronous: one worker process per environment, stepping while the caller computes; None: when there
-            are several environments and more cores than that. On 2 cores workers do not pay: 4 HalfCheetah-v4 step
-            0.4 times as fast as in one process, 4 Humanoid-v4 0.8 times.
-        video: record the first episode of the first environment, see `make_env`.
-
-    Raises:
-        ValueError: as `make_env`.
+        asynchronous: one worker process per environment. None: if there is a core for each and one
+            more. On 2 cores 4 HalfCheetah-v4 step 0.4 times as fast with workers as in one process.
     """
-    make_env(env_id).close()  # a bad id fails here, in one line, and not inside worker processes
-    if asynchronous is None:
-        cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-        asynchronous = 1 < num_envs < len(cores)  # the cores that a scheduler lets this process use
+    make_env(env_id).close()  # a bad id fails here, and not inside a worker process
+    if asynchronous is None:  # of all cores, only those that a scheduler lets this process use
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        asynchronous = 1 < num_envs < cores
+    makers = [lambda i=i: make_env(env_id, video if i == 0 else None) for i in range(num_envs)]
     # Gymnasium's default, NEXT_STEP, would put one bogus transition per episode into the buffer.
-    main_process = os.getpid()
-
-    def make(video: Path | None = None) -> gym.Env:
-        if os.getpid() != main_process:  # a worker, to which Ctrl-C and a scheduler's SIGTERM come as to the main
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # process, which still needs it to end its step and to
-            signal.signal(signal.SIGTERM, lambda signum, frame: signal.alarm(60))  # write a checkpoint
-        return make_env(env_id, video)
-
-    makers = [lambda: make(video)] + [make] * (num_envs - 1)
-    return (AsyncEnvs if asynchronous else SyncEnvs)(makers, autoreset_mode=AutoresetMode.SAME_STEP)
+    return (AsyncVectorEnv if asynchronous else SyncVectorEnv)(
+        makers, autoreset_mode=AutoresetMode.SAME_STEP
+    )
 
 
-def true_next_obs(next_obs: np.ndarray, dones: np.ndarray, infos: dict) -> np.ndarray:
-    """The observations that the steps led to, (N, O).
+class Step(NamedTuple):
+    """One step of N environments, in float32."""
 
-    In SAME_STEP mode `next_obs` holds, where an episode ended, the first observation of the next episode. That is
-    what the policy acts on, but not what the transition led to. `next_obs` itself is left as it is.
-    """
-    if not dones.any():
-        return next_obs
-    next_obs = next_obs.copy()
-    next_obs[dones] = np.stack(infos["final_obs"][dones])
-    return next_obs
+    rewards: np.ndarray  # (N,)
+    next_obs: np.ndarray  # (N, O), what the step led to: the final observation of an ended episode
+    terminations: np.ndarray  # (N,), 0 or 1, and 0 for a time limit
+    obs: np.ndarray  # (N, O), what to act on next: the first observation of the next episode
+    episodes: list[tuple[int, float, int]]  # environment, return and length of each that ended
 
 
-def finite_float32(*arrays: np.ndarray) -> list[np.ndarray]:
-    """Arrays of one row per environment, in float32.
+def step(envs: VectorEnv, actions: np.ndarray) -> Step:
+    """Step all environments with actions (N, A).
 
     Raises:
-        FloatingPointError: with one line to show, if a value is not finite there: 1e39 is so in float64 only.
+        UserError: an environment failed or its worker died, or a value is not finite in float32.
     """
-    with np.errstate(over="ignore"):
-        arrays = [x.astype(np.float32) for x in arrays]
+    try:
+        obs, rewards, terminations, truncations, infos = envs.step(actions)
+    except Exception as error:  # a simulator may raise anything; a dead worker is an EOFError
+        raise UserError(f"an environment failed or was killed ({one_line(error)})") from error
+    next_obs, episodes = obs.copy(), []
+    for i in np.flatnonzero(terminations | truncations):
+        next_obs[i], episode = infos["final_obs"][i], infos["final_info"]["episode"]
+        episodes.append((int(i), float(episode["r"][i]), int(episode["l"][i])))
+    with np.errstate(over="ignore"):  # 1e39 is finite in float64 only
+        arrays = [x.astype(np.float32) for x in (rewards, next_obs, terminations, obs)]
     finite = np.isfinite(np.column_stack(arrays)).all(1)  # (N,)
     if not finite.all():
-        raise FloatingPointError(f"environment {finite.argmin()} diverged: its reward or observation is not finite")
-    return arrays
+        raise UserError(
+            f"environment {finite.argmin()} diverged: its reward or observation is not finite"
+        )
+    return Step(*arrays, episodes)
 
 
-def finished_episodes(dones: np.ndarray, infos: dict) -> list[tuple[int, float, int]]:
-    """(environment index, return, length) of each episode that ended in this step."""
-    if not dones.any():
-        return []
-    episode = infos["final_info"]["episode"]
-    return [(int(i), float(episode["r"][i]), int(episode["l"][i])) for i in np.flatnonzero(dones)]
+def close(envs: VectorEnv) -> None:
+    """Close the environments, also when a worker is dead."""
+    try:
+        envs.close()
+    except Exception:  # Gymnasium waits for the dead one
+        for process in getattr(envs, "processes", ()):
+            process.kill()
+            process.join()
+        envs.closed = True

@@ -38,10 +38,18 @@ def load_released(clone: Path):
         module(f"jaxrl5{package}", __path__=[str(clone / f"jaxrl5{package}".replace(".", "/"))])
     module("jaxrl5.types", PRNGKey=object)
     module("jaxrl5.data.dataset", DatasetDict=dict)
-    for name in ("mlp", "state_action_value", "diffusion"):  # in this order: each fills the package for the next
+    for name in (
+        "mlp",
+        "state_action_value",
+        "diffusion",
+    ):  # in this order: each fills the package for the next
         source = importlib.import_module(f"jaxrl5.networks.{name}")
-        vars(sys.modules["jaxrl5.networks"]).update({k: v for k, v in vars(source).items() if k[0] != "_"})
-    return importlib.import_module("jaxrl5.agents.score_matching.score_matching_learner").ScoreMatchingLearner
+        vars(sys.modules["jaxrl5.networks"]).update(
+            {k: v for k, v in vars(source).items() if k[0] != "_"}
+        )
+    return importlib.import_module(
+        "jaxrl5.agents.score_matching.score_matching_learner"
+    ).ScoreMatchingLearner
 
 
 def copy_weights(released, ours: Learner) -> None:
@@ -57,30 +65,29 @@ def copy_weights(released, ours: Learner) -> None:
         net.frequencies.copy_(torch.tensor(np.array(params["FourierFeatures_0"]["kernel"]))[:, 0])
         dense(net.time_mlp[0], time_mlp, 0)
         dense(net.time_mlp[1], time_mlp, 1)
-        first = torch.tensor(np.array(mlp["Dense_0"]["kernel"])).T.split([ACT, OBS, 128], dim=1)
-        for weight, piece in zip((net.act_weight, net.obs_weight, net.time_weight), first, strict=True):
-            weight.copy_(piece)
-        net.first_bias.copy_(torch.tensor(np.array(mlp["Dense_0"]["bias"])))
+        dense(net.first, mlp, 0)
         dense(net.hidden[0], mlp, 1)
         dense(net.out, mlp, 2)
-        online, target = (released.critic_1, released.critic_2), (released.target_critic_1, released.target_critic_2)
+        online, target = (
+            (released.critic_1, released.critic_2),
+            (released.target_critic_1, released.target_critic_2),
+        )
         for critic, states in ((ours.critic, online), (ours.critic_target, target)):
             for i, state in enumerate(states):
                 layers = [*state.params["MLP_0"].values(), state.params["Dense_0"]]
                 kernels = [torch.tensor(np.array(layer["kernel"])) for layer in layers]
                 biases = [torch.tensor(np.array(layer["bias"])) for layer in layers]
-                critic.obs_weight[i].copy_(kernels[0][:OBS])
-                critic.act_weight[i].copy_(kernels[0][OBS:])
-                critic.first_bias[i, 0].copy_(biases[0])
-                for j in range(2):
-                    critic.weights[j][i].copy_(kernels[j + 1])
-                    critic.biases[j][i, 0].copy_(biases[j + 1])
+                for j in range(3):
+                    critic.weights[j][i].copy_(kernels[j])
+                    critic.biases[j][i, 0].copy_(biases[j])
 
 
 def main(clone: Path) -> None:
     space = SimpleNamespace
     spaces = [space(shape=(n,), sample=lambda n=n: np.zeros(n, np.float32)) for n in (OBS, ACT)]
-    released = load_released(clone).create(0, *spaces, critic_hidden_dims=HIDDEN, actor_hidden_dims=HIDDEN, M_q=50.0)
+    released = load_released(clone).create(
+        0, *spaces, critic_hidden_dims=HIDDEN, actor_hidden_dims=HIDDEN, M_q=50.0
+    )
     args = Args(score_target="released", hidden_dims=HIDDEN, device="cpu")
     ours, check = (make_learner(args, OBS, ACT, "cpu") for _ in range(2))
     T, schedule = args.diffusion_steps, make_schedule(args.beta_schedule, args.diffusion_steps)
@@ -96,13 +103,24 @@ def main(clone: Path) -> None:
     for step in range(5):
         actions = torch.from_numpy(rng.uniform(-1, 1, (B, ACT)).astype(np.float32))
         batch = Batch(normal(B, OBS), actions, normal(B), normal(B, OBS), (normal(B) > 0.5).float())
-        noise = Noise(normal(T + 1, B, ACT), normal(B, ACT), torch.from_numpy(rng.integers(0, T, B)))
+        noise = Noise(
+            normal(T + 1, B, ACT), normal(B, ACT), torch.from_numpy(rng.integers(0, T, B))
+        )
         # In the order of its draws: a_T, a step noise for every t (the last times 0), action noise, t, noise.
-        queue[:] = [x.numpy() for x in (*noise.next_actions[:T], normal(B, ACT), noise.next_actions[T])]
+        queue[:] = [
+            x.numpy() for x in (*noise.next_actions[:T], normal(B, ACT), noise.next_actions[T])
+        ]
         queue += [noise.t.numpy(), noise.actions.numpy()]
         data = {name: jnp.asarray(x.numpy()) for name, x in batch._asdict().items()}
-        names = {"observations": "obs", "next_observations": "next_obs", "actions": "actions", "rewards": "rewards"}
-        released_batch = {theirs: data[name] for theirs, name in names.items()} | {"masks": 1 - data["terminations"]}
+        names = {
+            "observations": "obs",
+            "next_observations": "next_obs",
+            "actions": "actions",
+            "rewards": "rewards",
+        }
+        released_batch = {theirs: data[name] for theirs, name in names.items()} | {
+            "masks": 1 - data["terminations"]
+        }
         with jax.disable_jit():
             released, _ = released.update(released_batch)
         assert not queue
@@ -111,10 +129,16 @@ def main(clone: Path) -> None:
         update(ours, batch, noise, schedule, args)
         copy_weights(released, check)
         differences = {
-            name: max((p - q).abs().max().item() for p, q in zip(x.parameters(), y.parameters(), strict=True))
+            name: max(
+                (p - q).abs().max().item()
+                for p, q in zip(x.parameters(), y.parameters(), strict=True)
+            )
             for name, x, y in zip(Learner._fields[:3], ours[:3], check[:3], strict=True)
         }
-        print(f"update {step + 1}: " + ", ".join(f"{name} {value:.1e}" for name, value in differences.items()))
+        print(
+            f"update {step + 1}: "
+            + ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
+        )
 
 
 if __name__ == "__main__":

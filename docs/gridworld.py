@@ -32,7 +32,9 @@ def q_values(policy: np.ndarray) -> np.ndarray:
             target = tuple(np.clip(np.array(state) + move, 0, N - 1))
             transition[s, a, STATES.index(target)] = 1
             reward[s, a] = target == GOAL
-    V = np.linalg.solve(np.eye(S) - GAMMA * np.einsum("sa,sat->st", policy, transition), (policy * reward).sum(1))
+    V = np.linalg.solve(
+        np.eye(S) - GAMMA * np.einsum("sa,sat->st", policy, transition), (policy * reward).sum(1)
+    )
     return reward + GAMMA * transition @ V
 
 
@@ -57,16 +59,22 @@ def entropy_at_start(alpha: float) -> float:
 
 
 if __name__ == "__main__":
-    figure, axes = plt.subplots(1, 5, figsize=(12, 2.6), layout="constrained", width_ratios=[1, 1, 1, 1, 1.5])
+    figure, axes = plt.subplots(
+        1, 5, figsize=(12, 2.6), layout="constrained", width_ratios=[1, 1, 1, 1, 1.5]
+    )
     policies = iterate(20.0, 200)
     for axis, i in zip(axes, (0, 1, 2, 200), strict=False):
         for s, state in enumerate(STATES):
             for a, (dx, dy) in enumerate(MOVES):
                 if state != GOAL and policies[i][s, a] > 0.02:
                     length = 0.45 * policies[i][s, a] ** 0.5
-                    axis.arrow(*state, length * dx, length * dy, head_width=0.09, color="tab:blue", lw=0.8)
+                    axis.arrow(
+                        *state, length * dx, length * dy, head_width=0.09, color="tab:blue", lw=0.8
+                    )
         axis.plot(*GOAL, "*", color="tab:orange", ms=14)
-        axis.set(title=f"iteration {i}" if i < 200 else "converged", xticks=[], yticks=[], aspect="equal")
+        axis.set(
+            title=f"iteration {i}" if i < 200 else "converged", xticks=[], yticks=[], aspect="equal"
+        )
         axis.set(xlim=(-0.6, N - 0.4), ylim=(-0.6, N - 0.4))
     alphas = np.logspace(-1, 3, 60)
     axes[-1].semilogx(alphas, [entropy_at_start(alpha) for alpha in alphas])
@@ -75,4 +83,6 @@ if __name__ == "__main__":
         axes[-1].text(0.1, value + 0.01, name, fontsize=8)
     axes[-1].set(xlabel="alpha", title="entropy at the lower left")
     figure.savefig(Path(__file__).with_suffix(".png"), dpi=100)
-    print(f"entropy: alpha 0.1 {entropy_at_start(0.1):.4f}, alpha 1000 {entropy_at_start(1000):.4f}")
+    print(
+        f"entropy: alpha 0.1 {entropy_at_start(0.1):.4f}, alpha 1000 {entropy_at_start(1000):.4f}"
+    )

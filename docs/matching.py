@@ -45,7 +45,9 @@ class Recorder:
 
 def score_at_0(score_net, actions: torch.Tensor, schedule, target: str) -> torch.Tensor:
     """The score at the least noisy level, from what the network predicts there: the clean action or eps."""
-    prediction = score_net(torch.zeros(len(actions), 1), actions, torch.zeros(len(actions), dtype=torch.long))
+    prediction = score_net(
+        torch.zeros(len(actions), 1), actions, torch.zeros(len(actions), dtype=torch.long)
+    )
     variance = 1 - schedule.alphas_cumprod[0]
     if target == "posterior":
         return (schedule.alphas_cumprod[0].sqrt() * prediction - actions) / variance
@@ -64,14 +66,17 @@ def train(target: str):
         if step in STEPS:
             noise = torch.randn(T + 1, 4000, 2, generator=torch.Generator().manual_seed(1))
             recorder = Recorder(learner.score_net)
-            samples = sample_actions(recorder, torch.zeros(4000, 1), noise, schedule, target)
+            noise[-1] = 0
+            samples = sample_actions(recorder, torch.zeros(4000, 1), noise, schedule, args)
             axis = torch.linspace(-1, 1, 12)
             grid = torch.cartesian_prod(axis, axis)
             with torch.no_grad():
                 score = score_at_0(learner.score_net, grid, schedule, target)
             snapshots.append((samples, torch.stack([*recorder.path, samples]), grid, score))
         actions = 2 * torch.rand(B, 2, generator=rng) - 1
-        batch = Batch(obs, actions, torch.zeros(B), obs, torch.ones(B))  # every step ends an episode: no TD target
+        batch = Batch(
+            obs, actions, torch.zeros(B), obs, torch.ones(B)
+        )  # every step ends an episode: no TD target
         learner.actor_optimizer.param_groups[0]["lr"].fill_(1e-2 * (1 - step / (STEPS[-1] + 1)))
         update(learner, batch, draw_noise(T, B, 2, rng), schedule, args)
     scale = (learner.q_scale[0] / learner.q_scale[1]).item() if args.normalize_q_grad else 1.0
@@ -92,12 +97,20 @@ def figure_1(snapshots) -> None:
     )
     for axis, (title, field, path) in zip(axes, panels, strict=True):
         axis.contour(line, line, hills, levels=5, colors="0.8", linewidths=0.8)
-        axis.quiver(*grid.T, *field.T, color="tab:blue" if path is None else "tab:orange", angles="xy", width=0.004)
+        axis.quiver(
+            *grid.T,
+            *field.T,
+            color="tab:blue" if path is None else "tab:orange",
+            angles="xy",
+            width=0.004,
+        )
         if path is not None:
             for i in range(6):
                 axis.plot(*path[-5:, i].T, "k.:", lw=0.8, ms=3)  # the last of T steps
                 axis.plot(*path[-1, i], "ko", ms=4)
-        axis.set(title=title, xlim=(-1.1, 1.1), ylim=(-1.1, 1.1), aspect="equal", xticks=[], yticks=[])
+        axis.set(
+            title=title, xlim=(-1.1, 1.1), ylim=(-1.1, 1.1), aspect="equal", xticks=[], yticks=[]
+        )
     figure.savefig(HERE / "matching.png", dpi=90)
 
 
@@ -106,14 +119,24 @@ def strip(results: dict) -> None:
     line = torch.linspace(-1, 1, 201)
     for row, (target, (snapshots, alpha)) in zip(axes, results.items(), strict=True):
         for axis, steps, (samples, *_) in zip(row, STEPS, snapshots, strict=False):
-            axis.plot(*samples.T, ".", ms=1, alpha=0.3, color="tab:blue" if target == "posterior" else "tab:orange")
+            axis.plot(
+                *samples.T,
+                ".",
+                ms=1,
+                alpha=0.3,
+                color="tab:blue" if target == "posterior" else "tab:orange",
+            )
             on_bound = (samples.abs() == 1).float().mean()
             shares = [((samples > 0) == torch.tensor(hill)).all(1).float().mean() for hill in HILLS]
-            print(f"{target}, {steps} steps: shares of the hills {', '.join(f'{share:.2f}' for share in shares)}")
+            print(
+                f"{target}, {steps} steps: shares of the hills {', '.join(f'{share:.2f}' for share in shares)}"
+            )
             axis.set(title=f"{steps} steps, {on_bound:.0%} on a bound")
             axis.title.set_size(8)
         density = (alpha * (Q(None, torch.cartesian_prod(line, line))[0])).reshape(201, 201).T
-        row[-1].imshow((density - density.max()).exp(), extent=(-1, 1, -1, 1), origin="lower", cmap="Greys")
+        row[-1].imshow(
+            (density - density.max()).exp(), extent=(-1, 1, -1, 1), origin="lower", cmap="Greys"
+        )
         row[-1].set_title(f"exact, alpha {alpha:.2g}", size=8)
         row[0].set_ylabel(target)
         for axis in row:

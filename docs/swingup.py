@@ -24,4 +24,7 @@ class HeldActions(gym.Wrapper):
 
 
 gym.register_envs(shimmy)
-gym.register("CartpoleSwingup-v0", lambda **flags: HeldActions(gym.make("dm_control/cartpole-swingup-v0", **flags)))
+gym.register(
+    "CartpoleSwingup-v0",
+    lambda **flags: HeldActions(gym.make("dm_control/cartpole-swingup-v0", **flags)),
+)

@@ -18,8 +18,8 @@ import matplotlib.pyplot as plt
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from qsm import args_of, make_learner, make_schedule, sample_actions
-from runs import load_model
+from qsm import Args, make_learner, make_schedule, sample_actions
+from runfiles import load_model
 
 HANGING = {  # observations
     "Pendulum-v1": [-1.0, 0.0, 0.0],  # cos, sin, speed
@@ -29,15 +29,17 @@ HANGING = {  # observations
 
 
 def panel(axis, run: Path) -> None:
-    model = load_model(run / "model.pt")
-    args = args_of(model["args"])
+    model = load_model(run)
+    args = Args(**model["args"])
     obs = torch.tensor([HANGING[args.env_id]])
     learner = make_learner(args, obs.shape[1], 1, "cpu")
     learner.score_net.load_state_dict(model["score_net"])
     learner.critic.load_state_dict(model["critic"])
     schedule = make_schedule(args.beta_schedule, args.diffusion_steps)
-    noise = torch.randn(args.diffusion_steps + 1, 4000, 1, generator=torch.Generator().manual_seed(0))
-    actions = sample_actions(learner.score_net, obs.expand(4000, -1), noise, schedule, args.score_target)[:, 0]
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(args.diffusion_steps + 1, 4000, 1, generator=generator)
+    noise[-1] = 0
+    actions = sample_actions(learner.score_net, obs.expand(4000, -1), noise, schedule, args)[:, 0]
     grid = torch.linspace(-1, 1, 101)[:, None]
     q = learner.critic(obs.expand(101, -1), grid).amin(0).detach()
 
@@ -54,7 +56,9 @@ def panel(axis, run: Path) -> None:
 
 if __name__ == "__main__":
     runs = [Path(path) for path in sys.argv[1:]]
-    figure, axes = plt.subplots(1, len(runs), figsize=(1.9 * len(runs), 2.6), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(runs), figsize=(1.9 * len(runs), 2.6), squeeze=False, layout="constrained"
+    )
     for axis, run in zip(axes[0], runs, strict=True):
         panel(axis, run)
     axes[0, 0].set_ylabel("samples (blue), Q (orange)")

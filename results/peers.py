@@ -51,7 +51,9 @@ class WriteEpisodes(BaseCallback):
     def _on_step(self) -> bool:
         for i, info in enumerate(self.locals["infos"]):
             if "episode" in info:
-                self.rows.writerow([self.num_timesteps, i, info["episode"]["r"], info["episode"]["l"]])
+                self.rows.writerow(
+                    [self.num_timesteps, i, info["episode"]["r"], info["episode"]["l"]]
+                )
         return True
 
 
@@ -81,15 +83,22 @@ def main(args: Args) -> None:
 
     eval_env = VecMonitor(DummyVecEnv([lambda: gym.make(args.env_id)]))
     eval_env.seed(args.seed + 1_000_000)
-    returns, lengths = evaluate_policy(model, eval_env, 10, deterministic=True, return_episode_rewards=True)
+    returns, lengths = evaluate_policy(
+        model, eval_env, 10, deterministic=True, return_episode_rewards=True
+    )
     with (folder / "evaluations.csv").open("w", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(["global_step", "candidates", "episode", "return", "length"])
-        rows.writerows((model.num_timesteps, 1, i, *e) for i, e in enumerate(zip(returns, lengths, strict=True)))
+        rows.writerows(
+            (model.num_timesteps, 1, i, *e)
+            for i, e in enumerate(zip(returns, lengths, strict=True))
+        )
     settings = {name: value for name, value in asdict(args).items() if name != "out"}
     versions = {"stable_baselines3": stable_baselines3.__version__, "torch": torch.__version__}
     with (folder / "args.csv").open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(((settings | versions) | {"updates": model._n_updates}).items())
+        csv.writer(file, lineterminator="\n").writerows(
+            ((settings | versions) | {"updates": model._n_updates}).items()
+        )
     print(name, model._n_updates, "updates, last evaluation", np.mean(returns))
 
 

@@ -27,7 +27,9 @@ OTHERS = ("tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")
 def read(path: Path, column: str) -> tuple[np.ndarray, np.ndarray]:
     """global_step and one column of a CSV, rows without a value left out."""
     rows = [row for row in csv.DictReader(path.open()) if row.get(column)]
-    return np.array([int(row["global_step"]) for row in rows]), np.array([float(row[column]) for row in rows])
+    return np.array([int(row["global_step"]) for row in rows]), np.array(
+        [float(row[column]) for row in rows]
+    )
 
 
 def bound_share(run: Path) -> str:
@@ -47,13 +49,17 @@ def plot(group: Path) -> None:
 
     With a paper.csv in the folder, evaluations and the values in it: the paper's curves are evaluations too.
     """
-    paper = list(csv.DictReader((group / "paper.csv").open())) if (group / "paper.csv").exists() else []
+    paper = (
+        list(csv.DictReader((group / "paper.csv").open())) if (group / "paper.csv").exists() else []
+    )
     runs, colors = defaultdict(list), dict(COLORS)
     for run in sorted(group.iterdir()):
         if run.is_dir():
             env_id, target, seed = run.name.split("__")
             runs[env_id].append((target, seed, run))
-    figure, axes = plt.subplots(1, len(runs), figsize=(3.6 * len(runs) + 0.6, 3), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(runs), figsize=(3.6 * len(runs) + 0.6, 3), squeeze=False, layout="constrained"
+    )
     for axis, (env_id, seeds) in zip(axes[0], runs.items(), strict=True):
         for target, seed, run in seeds:
             steps, returns = read(run / "episodes.csv", "return")
@@ -64,13 +70,27 @@ def plot(group: Path) -> None:
             if paper:
                 at = np.unique(evaluation_steps)
                 curve = at, np.array([evaluations[evaluation_steps == step].mean() for step in at])
-            axis.plot(curve[0] / 1000, curve[1], color=color, lw=1.2, label=target if first else None)
+            axis.plot(
+                curve[0] / 1000, curve[1], color=color, lw=1.2, label=target if first else None
+            )
             last = evaluations[evaluation_steps == evaluation_steps.max()]
-            cells = f"{returns[-10:].mean():.0f}", f"{last.mean():.0f} ± {last.std():.0f}", bound_share(run)
-            print(f"| {env_id} | {target} | {seed[4:]} | {evaluation_steps.max():,} | {' | '.join(cells)} |")
+            cells = (
+                f"{returns[-10:].mean():.0f}",
+                f"{last.mean():.0f} ± {last.std():.0f}",
+                bound_share(run),
+            )
+            print(
+                f"| {env_id} | {target} | {seed[4:]} | {evaluation_steps.max():,} | {' | '.join(cells)} |"
+            )
         for row in paper:
             if row["env_id"] == env_id:
-                axis.plot(float(row["step"]) / 1000, float(row["return"]), "k*", ms=9, label="paper, by eye")
+                axis.plot(
+                    float(row["step"]) / 1000,
+                    float(row["return"]),
+                    "k*",
+                    ms=9,
+                    label="paper, by eye",
+                )
         axis.set(title=env_id.removeprefix("dm_control-"), xlabel="environment steps, thousands")
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
@@ -87,15 +107,21 @@ def ablations() -> None:
     for env_id, names in groups.items():
         returns = defaultdict(list)
         for run in sorted(path for name in names for path in (HERE / name).glob(f"{env_id}__*")):
-            returns[run.name.split("__")[1]].append(read(run / "episodes.csv", "return")[1][-10:].mean())
+            returns[run.name.split("__")[1]].append(
+                read(run / "episodes.csv", "return")[1][-10:].mean()
+            )
         if returns:
             tasks[env_id] = returns
     if not tasks:
         return
-    figure, axes = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 3.2), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(tasks), figsize=(5 * len(tasks), 3.2), squeeze=False, layout="constrained"
+    )
     for axis, (env_id, returns) in zip(axes[0], tasks.items(), strict=True):
         for i, (label, values) in enumerate(returns.items()):
-            axis.plot([i] * len(values), values, "o", color=COLORS.get(label, "tab:purple"), alpha=0.8)
+            axis.plot(
+                [i] * len(values), values, "o", color=COLORS.get(label, "tab:purple"), alpha=0.8
+            )
         for default in ("posterior", "consistent"):
             if default in returns:
                 axis.axhline(np.mean(returns[default]), color=COLORS[default], lw=0.8)
@@ -107,8 +133,12 @@ def ablations() -> None:
 
 
 if __name__ == "__main__":
-    print("| task | variant | seed | steps | last 10 training episodes | last evaluation | actions on the bound |")
+    print(
+        "| task | variant | seed | steps | last 10 training episodes | last evaluation | actions on the bound |"
+    )
     print("|---|---|---|---|---|---|---|")
-    for group in sorted(path for path in HERE.iterdir() if path.is_dir() and not path.name.startswith("pendulum")):
+    for group in sorted(
+        path for path in HERE.iterdir() if path.is_dir() and not path.name.startswith("pendulum")
+    ):
         plot(group)
     ablations()

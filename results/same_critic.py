@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from envs import make_envs
 from networks import Critic, ScoreNet
-from qsm import Args, make_schedule, posterior_mean, q_gradient, sample_actions, to_tensor
+from qsm import Args, make_schedule, posterior_mean, q_gradient, sample_actions
 
 SAMPLES = 16
 
@@ -46,21 +46,26 @@ class ExactScore:
             return -self.drift(actions)
         clean = torch.zeros_like(actions)
         for _ in range(100):
-            clean = clean.lerp(posterior_mean(self.drift(clean), actions, alphas_cumprod, self.schedule), 0.05)
+            clean = clean.lerp(
+                posterior_mean(self.drift(clean), actions, alphas_cumprod, self.schedule), 0.05
+            )
         return clean
 
 
-def sample(score, obs: torch.Tensor, args: Args, act_dim: int, action_noise: float = 0.0) -> torch.Tensor:
+def sample(score, obs: torch.Tensor, args: Args, act_dim: int, noisy: bool = False) -> torch.Tensor:
     noise = torch.randn(args.diffusion_steps + 1, len(obs), act_dim)
+    noise[-1] *= noisy
     schedule = make_schedule(args.beta_schedule, args.diffusion_steps)
-    return sample_actions(score, obs, noise, schedule, args.score_target, action_noise)
+    return sample_actions(score, obs, noise, schedule, args)
 
 
 def report(run: Path) -> None:
     """Print the rows of one run."""
     torch.manual_seed(0)
     saved = torch.load(run / "model.pt", weights_only=True)
-    args = Args(**{name: value for name, value in saved["args"].items() if name in Args.__annotations__})
+    args = Args(
+        **{name: value for name, value in saved["args"].items() if name in Args.__annotations__}
+    )
     envs = make_envs(args.env_id, 8, asynchronous=False)
     obs_dim, act_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     score_net = ScoreNet(obs_dim, act_dim, args.hidden_dims, args.diffusion_steps)
@@ -70,13 +75,16 @@ def report(run: Path) -> None:
 
     states, obs = [], envs.reset(seed=0)[0]
     for _ in range(64):
-        states.append(to_tensor(obs, "cpu"))
-        obs, *_ = envs.step(sample(score_net, states[-1], args, act_dim, args.action_noise).numpy())
+        states.append(torch.as_tensor(obs, dtype=torch.float32))
+        obs, *_ = envs.step(sample(score_net, states[-1], args, act_dim, noisy=True).numpy())
     envs.close()
     obs = torch.cat(states[::4]).repeat(SAMPLES, 1)
     uniform = torch.rand(len(obs), act_dim) * 2 - 1
     scale = q_gradient(critic, obs, uniform).abs().mean()
-    samples = {"score network of the run": sample(score_net, obs, args, act_dim), "uniform": uniform}
+    samples = {
+        "score network of the run": sample(score_net, obs, args, act_dim),
+        "uniform": uniform,
+    }
     for target in ("released", "posterior"):
         exact = Args(score_target=target)
         score = ExactScore(critic, obs, exact, scale if exact.normalize_q_grad else torch.ones(()))
@@ -84,12 +92,16 @@ def report(run: Path) -> None:
     for name, actions in samples.items():
         bound = (actions.abs() == 1).float().mean()
         std = actions.view(SAMPLES, -1, act_dim).std(0).mean()
-        print(f"| {saved['args']['seed']} | {name} | {bound:.2f} | {std:.2f} | {critic(obs, actions).mean():.2f} |")
+        print(
+            f"| {saved['args']['seed']} | {name} | {bound:.2f} | {std:.2f} | {critic(obs, actions).mean():.2f} |"
+        )
 
 
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         raise SystemExit("usage: python results/same_critic.py RUN [RUN ...]")
-    print("| seed | actions from | on a bound | standard deviation | mean Q |\n|---|---|---|---|---|")
+    print(
+        "| seed | actions from | on a bound | standard deviation | mean Q |\n|---|---|---|---|---|"
+    )
     for path in sys.argv[1:]:
         report(Path(path))

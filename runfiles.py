@@ -1,0 +1,320 @@
+"""What surrounds a run: checks, logs, exact resume. Apart from qsm.py: none of it is the algorithm.
+
+checkpoint.npz holds a Python pickle, which can run code when it is read: resume only runs that you
+made yourself. To pass a policy on to others use model.pt.
+"""
+
+import contextlib
+import csv
+import errno
+import fcntl
+import io
+import os
+import platform
+import random
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+import gymnasium
+import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from envs import UserError, one_line
+
+DISK = [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM]
+DISK += [errno.ENOENT, errno.ENOTDIR, errno.EEXIST]
+COUNTS = "total_timesteps num_envs eval_episodes log_every buffer_size batch_size diffusion_steps"
+RANGES = {
+    f"{COUNTS} candidates": (1, 10**12),
+    "learning_starts eval_every checkpoint_every actor_lr_decay action_noise alpha": (0, 10**12),
+    "utd actor_lr critic_lr": (1e-9, 10**6),
+    "gamma tau": (0, 1),
+    "seed": (0, 2**32 - 1),
+}
+
+
+def stop(message: object, code: int = 1) -> NoReturn:
+    """End the program with one line on stderr."""
+    tqdm.write(f"qsm.py: {message}", file=sys.stderr)  # not into a progress bar
+    raise SystemExit(code)
+
+
+@contextlib.contextmanager
+def errors_in_one_line():
+    """Errors that a user can fix end the program with one line; others keep their traceback."""
+    try:
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError) as error:
+        stop(" ".join(str(error).split())[:500])
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        stop(f"{error.filename or 'the folder of the run'}: {error.strerror}")
+    except KeyboardInterrupt:  # outside the loop of a training run, which ends its step first
+        stop("stopped", 128 + signal.SIGINT)
+
+
+def prepare(args) -> torch.device:
+    """Refuse impossible values, seed the libraries, and return the device."""
+    for names, (low, high) in RANGES.items():
+        for name in names.split():
+            if not low <= getattr(args, name) <= high:
+                flag = f"--{name.replace('_', '-')}"
+                raise UserError(f"{flag} must be in [{low}, {high}], got {getattr(args, name)}")
+    if not args.hidden_dims or min(args.hidden_dims) < 1:
+        raise UserError(f"--hidden-dims must be positive widths, got {args.hidden_dims}")
+    if args.buffer_size < args.num_envs:
+        raise UserError(f"--buffer-size must be at least --num-envs, got {args.buffer_size}")
+    name = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UserError(f"--device must be auto, cpu, cuda or cuda:N, got {name}")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: torch finds {torch.cuda.device_count()} CUDA devices")
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
+        torch.use_deterministic_algorithms(True)
+    torch.set_float32_matmul_precision("high" if args.tf32 and device.type == "cuda" else "highest")
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(args.seed)
+    return device
+
+
+class StopRequest:
+    """Called, it returns the number of the SIGTERM or Ctrl-C that came, else 0; a second kills."""
+
+    def __init__(self):
+        self.signum = 0
+        both = signal.SIGTERM, signal.SIGINT
+        self.usual = {signum: signal.signal(signum, self.receive) for signum in both}
+
+    def receive(self, signum: int, frame) -> None:
+        self.signum = signum
+        self.close()
+
+    def __call__(self) -> int:
+        return self.signum
+
+    def close(self) -> None:
+        for signum, handler in self.usual.items():
+            signal.signal(signum, handler)
+
+
+class RunFiles:
+    """The folder of a run: event file, episodes.csv, evaluations.csv, checkpoint.npz, model.pt.
+
+    A new folder is made in args.run_dir, or args.resume is continued after `resumed_at` environment
+    steps: what was written after this step is dropped, since a resumed run writes it again.
+    """
+
+    def __init__(self, args, resumed_at: int | None = None):
+        if args.track:
+            try:
+                import wandb
+            except ImportError:
+                raise UserError("--track needs: pip install wandb") from None
+        name = re.sub("[/:]", "-", f"{args.env_id}__qsm__{args.seed}__{int(time.time())}")
+        names = (args.run_dir / (f"{name}-{n}" if n else name) for n in range(1000))
+        self.path = args.resume or next(path for path in names if not path.exists())
+        self.path.mkdir(parents=True, exist_ok=bool(args.resume))
+        plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+        self.args = plain | {"resume": None}
+        self.files = [(self.path / "lock").open("w")]
+        try:
+            fcntl.flock(self.files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
+        except BlockingIOError:
+            raise UserError(f"{self.path} is in use by another process") from None
+        if args.track:  # a resumed run goes on under its id
+            wandb.init(id=self.path.name, config=self.args, resume="allow", sync_tensorboard=True)
+        purge_step = None if resumed_at is None else resumed_at + 1
+        self.events = SummaryWriter(self.path, purge_step=purge_step)
+        if resumed_at is None:
+            table = "\n".join(f"|{name}|{value}|" for name, value in self.args.items())
+            self.events.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+        evaluations = rewind(self.path / "evaluations.csv", resumed_at)
+        self.last_evaluation = max((int(row[0]) for row in evaluations), default=-1)
+        rewind(self.path / "episodes.csv", resumed_at)
+        self.files.append((self.path / "episodes.csv").open("a", buffering=1))  # line by line
+        if self.files[1].tell() == 0:
+            self.files[1].write("global_step,env,return,length\n")
+        self.time, self.step = time.perf_counter(), resumed_at or 0
+
+    def log_scalars(self, global_step: int, values: dict) -> None:
+        speed = (global_step - self.step) / (time.perf_counter() - self.time)
+        self.time, self.step = time.perf_counter(), global_step
+        numbers = torch.stack(list(values.values())).tolist()  # one transfer for all of them
+        for name, value in [*zip(values, numbers, strict=True), ("charts/SPS", speed)]:
+            self.events.add_scalar(name, value, global_step)
+
+    def log_episode(self, global_step: int, env: int, episode_return: float, length: int) -> None:
+        self.files[1].write(f"{global_step},{env},{episode_return},{length}\n")
+        self.events.add_scalar("charts/episodic_return", episode_return, global_step)
+        self.events.add_scalar("charts/episodic_length", length, global_step)
+
+    def log_evaluation(self, global_step: int, args, episodes: list | None) -> None:
+        if episodes:
+            mean = write_evaluation(self.path / "evaluations.csv", global_step, args, episodes)
+            self.events.add_scalar("eval/return_mean", mean, global_step)
+            self.last_evaluation = global_step
+
+    def save(self, loop: tuple, learner, buffer, envs, rng: torch.Generator) -> None:
+        """Write checkpoint.npz and model.pt. Where that fails, say so; the older files stay.
+
+        Without `envs` a resumed run starts with new episodes.
+        """
+        self.events.flush()  # else a killed run lacks events from before its checkpoint
+        states = [x if isinstance(x, torch.Tensor) else x.state_dict() for x in learner]
+        saved = {
+            "args": self.args,
+            "loop": loop,
+            "learner": states,
+            "rows": (buffer.size, buffer.position),
+        }
+        saved["envs"] = envs.get_attr("snapshot") if envs else (None,)
+        saved["random"] = [random.getstate(), np.random.get_state(), torch.get_rng_state()]
+        saved["random"] += [envs and envs.action_space.np_random.bit_generator.state]
+        saved |= {"rng": (rng.device.type, rng.get_state()), "versions": versions()}
+        model = {
+            "score_net": states[0],
+            "critic": states[1],
+            "args": self.args,
+            "global_step": loop[0],
+        }
+        try:
+            if not all(p.isfinite().all() for net in learner[:3] for p in net.parameters()):
+                raise UserError("the networks have non-finite weights")
+            torch.save(saved, pickled := io.BytesIO())
+            rows = {
+                name: x[: buffer.size].cpu().numpy() for name, x in buffer.storage._asdict().items()
+            }
+            with whole_file(self.path / "checkpoint.npz") as file:
+                np.savez(file, saved=np.frombuffer(pickled.getvalue(), np.uint8), **rows)
+            with whole_file(self.path / "model.pt") as file:
+                torch.save(model, file)
+        except (OSError, UserError) as error:
+            tqdm.write(f"nothing saved at step {loop[0]}: {error}")
+
+    def close(self) -> None:
+        for file in (self.events, *self.files):
+            file.close()
+
+
+def rewind(path: Path, resumed_at: int | None) -> list[list[str]]:
+    """Drop the rows of a CSV after this step, half-written ones too; returns the others."""
+    if resumed_at is None or not path.exists():
+        return []
+    header, *rows = list(csv.reader(path.open(newline=""))) or [[]]
+    rows = [row for row in rows if len(row) == len(header) and int(row[0]) <= resumed_at]
+    with whole_file(path) as file:
+        file.write("".join(",".join(row) + "\n" for row in [header, *rows]).encode())
+    return rows
+
+
+def write_evaluation(
+    path: Path, global_step: int, args, episodes: list[tuple[float, int]]
+) -> float:
+    """Append (return, length) of episodes to a CSV; print and return the mean return."""
+    with path.open("a", newline="") as file:
+        write = csv.writer(file, lineterminator="\n").writerow
+        if file.tell() == 0:
+            write(["global_step", "seed", "candidates", "episode", "return", "length"])
+        for i, episode in enumerate(episodes):
+            write([global_step, args.seed, args.candidates, i, *episode])
+    returns = np.array([episode_return for episode_return, _ in episodes])
+    summary = f"mean return {returns.mean():.2f}, standard deviation {returns.std():.2f}"
+    protocol = (
+        f"{len(returns)} episodes, seed {args.seed}, best of {args.candidates}, no action noise"
+    )
+    tqdm.write(f"step {global_step}: {summary} ({protocol})")
+    return returns.mean()
+
+
+@contextlib.contextmanager
+def whole_file(path: Path):
+    """A binary file that appears at `path` complete, on the disk and by a rename, or not at all."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that affect results."""
+    mujoco = getattr(sys.modules.get("mujoco"), "__version__", "")
+    libraries = {
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "gymnasium": gymnasium.__version__,
+    }
+    return {"python": platform.python_version(), "mujoco": mujoco} | libraries
+
+
+def load_model(folder: Path) -> dict:
+    """model.pt on the CPU. Safe for files of others: only plain data is unpickled."""
+    try:
+        model = torch.load(folder / "model.pt", map_location="cpu", weights_only=True)
+        return {name: model[name] for name in ("score_net", "critic", "args", "global_step")}
+    except Exception as error:  # torch raises many kinds
+        raise UserError(f"{folder / 'model.pt'} is no model of qsm.py: {one_line(error)}") from None
+
+
+def load_checkpoint(folder: Path) -> dict:
+    """What `restore` takes, on the CPU; raises UserError where it is not a whole checkpoint."""
+    try:
+        arrays = dict(np.load(folder / "checkpoint.npz"))  # checks every checksum
+        pickled = io.BytesIO(arrays.pop("saved"))
+        return torch.load(pickled, map_location="cpu", weights_only=False) | {"buffer": arrays}
+    except Exception as error:  # a foreign or damaged file can fail in any way
+        path = folder / "checkpoint.npz"
+        raise UserError(
+            f"{path} is damaged, or no checkpoint of qsm.py: {one_line(error)}"
+        ) from None
+
+
+def restore(saved: dict, learner, buffer, envs, rng: torch.Generator) -> bool:
+    """Put back what `RunFiles.save` wrote; False if the simulators could not be saved."""
+    print(
+        f"resuming at step {saved['loop'][0]}; other flags are ignored: a run keeps its arguments"
+    )
+    try:
+        for part, state in zip(learner, saved["learner"], strict=True):
+            if isinstance(part, torch.optim.Optimizer):
+                lr = part.param_groups[0]["lr"]
+                part.load_state_dict(state)
+                part.param_groups[0]["lr"] = (
+                    lr  # torch put another tensor there; this one is in the graphs
+                )
+            else:
+                part.copy_(state) if isinstance(part, torch.Tensor) else part.load_state_dict(state)
+        buffer.size, buffer.position = saved["rows"]
+        for name, rows in saved.pop("buffer").items():
+            getattr(buffer.storage, name)[: buffer.size] = torch.from_numpy(rows)
+        python, numpy, cpu, action_space = saved["random"]
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        kind, state = saved["rng"]
+        before, now = saved["versions"] | {"device": kind}, versions() | {"device": rng.device.type}
+        if before != now:
+            print(f"not bit for bit: saved with {before}, resumed with {now}")
+        if kind == rng.device.type:
+            rng.set_state(state)
+        if None in saved["envs"]:
+            print("the checkpoint holds no simulators: new episodes start")
+            return False
+        envs.action_space.np_random.bit_generator.state = action_space
+        envs.set_attr("snapshot", list(saved["envs"]))
+        return True
+    except (KeyError, ValueError, RuntimeError, TypeError) as error:
+        raise UserError(f"the checkpoint does not fit: {one_line(error)}") from None
