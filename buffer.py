@@ -16,9 +16,7 @@ class Batch(NamedTuple):
     actions: torch.Tensor  # (B, A), in [-1, 1]
     rewards: torch.Tensor  # (B,)
     next_obs: torch.Tensor  # (B, O), the true final observation where an episode ended
-    terminations: (
-        torch.Tensor
-    )  # (B,), 1 at a terminal state, else 0; a time limit is no termination
+    terminations: torch.Tensor  # (B,), 1 at a terminal state, else 0, as at a time limit
 
 
 class ReplayBuffer:
@@ -29,19 +27,15 @@ class ReplayBuffer:
             without this check a run would end after hours.
     """
 
-    def __init__(
-        self, capacity: int, obs_dim: int, act_dim: int, device: torch.device | str = "cpu"
-    ):
+    def __init__(self, capacity: int, obs_dim: int, act_dim: int, device="cpu"):
         self.capacity, self.device = capacity, torch.device(device)
         free = psutil.virtual_memory().available
         if self.device.type == "cuda":
             free = torch.cuda.mem_get_info(self.device)[0]
         needed = capacity * 4 * (2 * obs_dim + act_dim + 2)  # bytes
         if needed > free:
-            sizes = (
-                f"{needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free: lower --buffer-size"
-            )
-            raise MemoryError(f"a replay buffer of {capacity:,} transitions needs {sizes}")
+            sizes = f"{needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+            raise MemoryError(f"the replay buffer needs {sizes}: lower --buffer-size")
         shapes = ((obs_dim,), (act_dim,), (), (obs_dim,), ())
         self.storage = Batch(*(torch.empty(capacity, *shape, device=device) for shape in shapes))
         self.position = 0  # next row to write
@@ -53,9 +47,7 @@ class ReplayBuffer:
         rows = torch.arange(self.position, self.position + n, device=self.device) % self.capacity
         for name, stored, new in zip(Batch._fields, self.storage, transitions, strict=True):
             if new.shape != (n, *stored.shape[1:]):  # (N, 1) would broadcast
-                raise ValueError(
-                    f"{name} must have shape {(n, *stored.shape[1:])}, not {tuple(new.shape)}"
-                )
+                raise ValueError(f"{name} must be {(n, *stored.shape[1:])}, not {tuple(new.shape)}")
             stored[rows] = new
         self.position = (self.position + n) % self.capacity
         self.size = min(self.size + n, self.capacity)
@@ -63,6 +55,4 @@ class ReplayBuffer:
     def sample(self, batch_size: int, generator: torch.Generator | None = None) -> Batch:
         """A batch of uniformly drawn transitions, with replacement."""
         rows = torch.randint(self.size, (batch_size,), device=self.device, generator=generator)
-        return Batch(
-            *(stored.index_select(0, rows) for stored in self.storage)
-        )  # faster than stored[rows]
+        return Batch(*(x.index_select(0, rows) for x in self.storage))  # faster than x[rows]

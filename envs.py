@@ -42,11 +42,9 @@ class Snapshot(gym.Wrapper):
     @property
     def snapshot(self) -> bytes | None:
         shared = "env func model mujoco_renderer spec action_space observation_space _saved_kwargs"
-        states = [
-            {k: v for k, v in vars(x).items() if k not in shared.split()} for x in self.layers()
-        ]
         try:
-            return pickle.dumps(states)
+            layers = [vars(layer).items() for layer in self.layers()]
+            return pickle.dumps([{k: v for k, v in x if k not in shared.split()} for x in layers])
         except Exception:  # each simulator fails in its own way
             return None
 
@@ -77,9 +75,7 @@ def make_env(env_id: str, video: Path | None = None) -> gym.Env:
 
             gym.register_envs(shimmy)
         with warnings.catch_warnings():  # v4 is what the published tables use
-            warnings.filterwarnings(
-                "ignore", message=".*(is out of date|Overwriting existing videos)"
-            )
+            warnings.filterwarnings("ignore", ".*(is out of date|Overwriting existing videos)")
             env = gym.make(env_id, render_mode="rgb_array" if video else None)
             if video:
                 env.reset(seed=0)
@@ -87,24 +83,17 @@ def make_env(env_id: str, video: Path | None = None) -> gym.Env:
                 first = {"episode_trigger": lambda episode: episode == 0, "name_prefix": video.name}
                 env = gym.wrappers.RecordVideo(env, str(video.parent), **first)
     except Exception as error:  # an environment's constructor may raise anything
-        shimmy_hint = "; pip install 'shimmy[dm-control]'" if isinstance(error, ImportError) else ""
-        gl_hint = "; rendering needs libegl1, or libosmesa6 with MUJOCO_GL=osmesa" if video else ""
-        raise UserError(f"cannot make {env_id}: {one_line(error)}{shimmy_hint}{gl_hint}") from None
+        hint = "; pip install 'shimmy[dm-control]'" if isinstance(error, ImportError) else ""
+        hint = "; videos need libegl1, or libosmesa6 with MUJOCO_GL=osmesa" if video else hint
+        raise UserError(f"cannot make {env_id}: {one_line(error)}{hint}") from None
 
     actions = env.action_space
     if not (isinstance(actions, gym.spaces.Box) and actions.is_bounded()):
-        raise UserError(
-            f"{env_id} has the action space {actions}; QSM needs a continuous bounded one (Box)"
-        )
-    if (
-        isinstance(env.observation_space, gym.spaces.Dict)
-        or len(env.observation_space.shape or ()) != 1
-    ):
+        raise UserError(f"QSM needs continuous bounded actions (Box); {env_id} has {actions}")
+    if len(env.observation_space.shape or ()) != 1:  # images, dicts
         env = gym.wrappers.FlattenObservation(env)
     if not isinstance(env.observation_space, gym.spaces.Box):
-        raise UserError(
-            f"{env_id} has the observation space {env.observation_space}; QSM needs a Box"
-        )
+        raise UserError(f"QSM needs a Box of observations; {env_id} has {env.observation_space}")
     # Bounds differ between tasks (Humanoid +-0.4). RescaleAction does not clip; the sampler does.
     one = actions.dtype.type(1)
     env = gym.wrappers.RescaleAction(env, -one, one)
@@ -126,9 +115,8 @@ def make_envs(
         asynchronous = 1 < num_envs < cores
     makers = [lambda i=i: make_env(env_id, video if i == 0 else None) for i in range(num_envs)]
     # Gymnasium's default, NEXT_STEP, would put one bogus transition per episode into the buffer.
-    return (AsyncVectorEnv if asynchronous else SyncVectorEnv)(
-        makers, autoreset_mode=AutoresetMode.SAME_STEP
-    )
+    kind = AsyncVectorEnv if asynchronous else SyncVectorEnv
+    return kind(makers, autoreset_mode=AutoresetMode.SAME_STEP)
 
 
 class Step(NamedTuple):
@@ -159,9 +147,7 @@ def step(envs: VectorEnv, actions: np.ndarray) -> Step:
         arrays = [x.astype(np.float32) for x in (rewards, next_obs, terminations, obs)]
     finite = np.isfinite(np.column_stack(arrays)).all(1)  # (N,)
     if not finite.all():
-        raise UserError(
-            f"environment {finite.argmin()} diverged: its reward or observation is not finite"
-        )
+        raise UserError(f"environment {finite.argmin()} diverged: a value is not finite")
     return Step(*arrays, episodes)
 
 

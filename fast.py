@@ -77,13 +77,10 @@ def accelerate(function, args, device: torch.device):
         UserError: compilation or capture is requested but unavailable.
     """
     cuda = device.type == "cuda"
-    variable, usual = (
-        ("CC", "gcc") if cuda else ("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    )
-    compiler = os.environ.get(variable, usual)  # where Triton and Inductor look for it
-    available = bool(shutil.which(compiler)) and (
-        not cuda or bool(importlib.util.find_spec("triton"))
-    )
+    variable = "CC" if cuda else "CXX"  # where Triton and Inductor look for a compiler
+    usual = "gcc" if cuda else "clang++" if sys.platform == "darwin" else "g++"
+    compiler = os.environ.get(variable, usual)
+    available = shutil.which(compiler) and (not cuda or importlib.util.find_spec("triton"))
     many = args.utd * (args.total_timesteps - args.learning_starts) > 20_000
     if args.compile and not available:
         raise UserError(f"--compile True needs {compiler}" + (" and triton" if cuda else ""))
@@ -130,12 +127,8 @@ def compiled(function, on_cpu: bool):
         graph = make_fx(on_tensors, DECOMPOSITIONS, tracing_mode="fake")(*tensors)
         options = {"cpp_wrapper": True, "pattern_matcher": False} if on_cpu else {}
         with torch.no_grad():
-            return (
-                torch._inductor.compile(graph, tensors, options),
-                tensors[: len(held)],
-                form[0],
-                learner,
-            )
+            graph = torch._inductor.compile(graph, tensors, options)
+        return graph, tensors[: len(held)], form[0], learner
 
     def compiled_function(learner, *inputs_schedule_args):
         *inputs, schedule, args = inputs_schedule_args

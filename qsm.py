@@ -291,6 +291,7 @@ def update(learner: Learner, batch: Batch, noise: Noise, schedule: Schedule, arg
         "losses/q_values": q.detach().mean(),
         "diffusion/q_grad_abs": q_grad_abs,
         "diffusion/target_abs": target.abs().mean(),
+        "diffusion/bound_share": (next_actions.abs() == 1).float().mean(),  # with action noise
     }
 
 

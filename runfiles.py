@@ -8,6 +8,7 @@ import contextlib
 import csv
 import errno
 import fcntl
+import importlib.metadata
 import io
 import os
 import platform
@@ -19,7 +20,6 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-import gymnasium
 import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -27,8 +27,7 @@ from tqdm import tqdm
 
 from envs import UserError, one_line
 
-DISK = [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM]
-DISK += [errno.ENOENT, errno.ENOTDIR, errno.EEXIST]
+DISK = [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENOTDIR]
 COUNTS = "total_timesteps num_envs eval_episodes log_every buffer_size batch_size diffusion_steps"
 RANGES = {
     f"{COUNTS} candidates": (1, 10**12),
@@ -170,29 +169,18 @@ class RunFiles:
         """
         self.events.flush()  # else a killed run lacks events from before its checkpoint
         states = [x if isinstance(x, torch.Tensor) else x.state_dict() for x in learner]
-        saved = {
-            "args": self.args,
-            "loop": loop,
-            "learner": states,
-            "rows": (buffer.size, buffer.position),
-        }
-        saved["envs"] = envs.get_attr("snapshot") if envs else (None,)
+        model = dict(score_net=states[0], critic=states[1], args=self.args, global_step=loop[0])
+        saved = dict(args=self.args, loop=loop, learner=states, versions=versions())
+        saved |= dict(size=buffer.size, position=buffer.position)
+        saved |= dict(envs=envs.get_attr("snapshot") if envs else (None,))
         saved["random"] = [random.getstate(), np.random.get_state(), torch.get_rng_state()]
         saved["random"] += [envs and envs.action_space.np_random.bit_generator.state]
-        saved |= {"rng": (rng.device.type, rng.get_state()), "versions": versions()}
-        model = {
-            "score_net": states[0],
-            "critic": states[1],
-            "args": self.args,
-            "global_step": loop[0],
-        }
+        saved["rng"] = rng.device.type, rng.get_state()
+        rows = {k: x[: buffer.size].cpu().numpy() for k, x in buffer.storage._asdict().items()}
         try:
             if not all(p.isfinite().all() for net in learner[:3] for p in net.parameters()):
                 raise UserError("the networks have non-finite weights")
             torch.save(saved, pickled := io.BytesIO())
-            rows = {
-                name: x[: buffer.size].cpu().numpy() for name, x in buffer.storage._asdict().items()
-            }
             with whole_file(self.path / "checkpoint.npz") as file:
                 np.savez(file, saved=np.frombuffer(pickled.getvalue(), np.uint8), **rows)
             with whole_file(self.path / "model.pt") as file:
@@ -216,9 +204,7 @@ def rewind(path: Path, resumed_at: int | None) -> list[list[str]]:
     return rows
 
 
-def write_evaluation(
-    path: Path, global_step: int, args, episodes: list[tuple[float, int]]
-) -> float:
+def write_evaluation(path: Path, global_step: int, args, episodes: list[tuple]) -> float:
     """Append (return, length) of episodes to a CSV; print and return the mean return."""
     with path.open("a", newline="") as file:
         write = csv.writer(file, lineterminator="\n").writerow
@@ -228,10 +214,8 @@ def write_evaluation(
             write([global_step, args.seed, args.candidates, i, *episode])
     returns = np.array([episode_return for episode_return, _ in episodes])
     summary = f"mean return {returns.mean():.2f}, standard deviation {returns.std():.2f}"
-    protocol = (
-        f"{len(returns)} episodes, seed {args.seed}, best of {args.candidates}, no action noise"
-    )
-    tqdm.write(f"step {global_step}: {summary} ({protocol})")
+    protocol = f"{len(returns)} episodes, seed {args.seed}, best of {args.candidates}"
+    tqdm.write(f"step {global_step}: {summary} ({protocol}, no action noise)")
     return returns.mean()
 
 
@@ -251,53 +235,45 @@ def whole_file(path: Path):
 
 def versions() -> dict[str, str]:
     """Versions of the libraries that affect results."""
-    mujoco = getattr(sys.modules.get("mujoco"), "__version__", "")
-    libraries = {
-        "torch": str(torch.__version__),
-        "numpy": np.__version__,
-        "gymnasium": gymnasium.__version__,
-    }
-    return {"python": platform.python_version(), "mujoco": mujoco} | libraries
+    names = "torch", "numpy", "gymnasium", "mujoco"
+    return {"python": platform.python_version()} | {x: importlib.metadata.version(x) for x in names}
+
+
+@contextlib.contextmanager
+def reading(path: Path):
+    try:
+        yield path
+    except Exception as error:  # a foreign or damaged file can fail in any way
+        raise UserError(f"{path} is damaged, or not of this qsm.py: {one_line(error)}") from None
 
 
 def load_model(folder: Path) -> dict:
     """model.pt on the CPU. Safe for files of others: only plain data is unpickled."""
-    try:
-        model = torch.load(folder / "model.pt", map_location="cpu", weights_only=True)
+    with reading(folder / "model.pt") as path:
+        model = torch.load(path, map_location="cpu", weights_only=True)
         return {name: model[name] for name in ("score_net", "critic", "args", "global_step")}
-    except Exception as error:  # torch raises many kinds
-        raise UserError(f"{folder / 'model.pt'} is no model of qsm.py: {one_line(error)}") from None
 
 
 def load_checkpoint(folder: Path) -> dict:
     """What `restore` takes, on the CPU; raises UserError where it is not a whole checkpoint."""
-    try:
-        arrays = dict(np.load(folder / "checkpoint.npz"))  # checks every checksum
+    with reading(folder / "checkpoint.npz") as path:
+        arrays = dict(np.load(path))  # checks every checksum
         pickled = io.BytesIO(arrays.pop("saved"))
         return torch.load(pickled, map_location="cpu", weights_only=False) | {"buffer": arrays}
-    except Exception as error:  # a foreign or damaged file can fail in any way
-        path = folder / "checkpoint.npz"
-        raise UserError(
-            f"{path} is damaged, or no checkpoint of qsm.py: {one_line(error)}"
-        ) from None
 
 
 def restore(saved: dict, learner, buffer, envs, rng: torch.Generator) -> bool:
     """Put back what `RunFiles.save` wrote; False if the simulators could not be saved."""
-    print(
-        f"resuming at step {saved['loop'][0]}; other flags are ignored: a run keeps its arguments"
-    )
+    print(f"resuming at step {saved['loop'][0]} with the run's arguments; other flags are ignored")
     try:
         for part, state in zip(learner, saved["learner"], strict=True):
             if isinstance(part, torch.optim.Optimizer):
                 lr = part.param_groups[0]["lr"]
                 part.load_state_dict(state)
-                part.param_groups[0]["lr"] = (
-                    lr  # torch put another tensor there; this one is in the graphs
-                )
+                part.param_groups[0]["lr"] = lr  # torch put a copy there
             else:
                 part.copy_(state) if isinstance(part, torch.Tensor) else part.load_state_dict(state)
-        buffer.size, buffer.position = saved["rows"]
+        buffer.size, buffer.position = saved["size"], saved["position"]
         for name, rows in saved.pop("buffer").items():
             getattr(buffer.storage, name)[: buffer.size] = torch.from_numpy(rows)
         python, numpy, cpu, action_space = saved["random"]
