@@ -830,7 +830,7 @@ class Counter(gym.Env):
 gym.register("Counter-v0", Counter)
 QUICK = dict(
     env_id="Counter-v0", hidden_dims=(8,), batch_size=4, buffer_size=1000, learning_starts=20,
-    total_timesteps=60, eval_every=0, log_every=20, device="cpu", compile=False,
+    total_timesteps=60, eval_every=0, log_every=20, device="cpu", compile=False
 )  # fmt: skip
 
 

@@ -38,18 +38,11 @@ def load_released(clone: Path):
         module(f"jaxrl5{package}", __path__=[str(clone / f"jaxrl5{package}".replace(".", "/"))])
     module("jaxrl5.types", PRNGKey=object)
     module("jaxrl5.data.dataset", DatasetDict=dict)
-    for name in (
-        "mlp",
-        "state_action_value",
-        "diffusion",
-    ):  # in this order: each fills the package for the next
-        source = importlib.import_module(f"jaxrl5.networks.{name}")
-        vars(sys.modules["jaxrl5.networks"]).update(
-            {k: v for k, v in vars(source).items() if k[0] != "_"}
-        )
-    return importlib.import_module(
-        "jaxrl5.agents.score_matching.score_matching_learner"
-    ).ScoreMatchingLearner
+    for name in ("mlp", "state_action_value", "diffusion"):  # each fills the package for the next
+        source = vars(importlib.import_module(f"jaxrl5.networks.{name}"))
+        vars(sys.modules["jaxrl5.networks"]).update({k: source[k] for k in source if k[0] != "_"})
+    name = "jaxrl5.agents.score_matching.score_matching_learner"
+    return importlib.import_module(name).ScoreMatchingLearner
 
 
 def copy_weights(released, ours: Learner) -> None:
@@ -68,10 +61,8 @@ def copy_weights(released, ours: Learner) -> None:
         dense(net.first, mlp, 0)
         dense(net.hidden[0], mlp, 1)
         dense(net.out, mlp, 2)
-        online, target = (
-            (released.critic_1, released.critic_2),
-            (released.target_critic_1, released.target_critic_2),
-        )
+        online = released.critic_1, released.critic_2
+        target = released.target_critic_1, released.target_critic_2
         for critic, states in ((ours.critic, online), (ours.critic_target, target)):
             for i, state in enumerate(states):
                 layers = [*state.params["MLP_0"].values(), state.params["Dense_0"]]
@@ -85,9 +76,8 @@ def copy_weights(released, ours: Learner) -> None:
 def main(clone: Path) -> None:
     space = SimpleNamespace
     spaces = [space(shape=(n,), sample=lambda n=n: np.zeros(n, np.float32)) for n in (OBS, ACT)]
-    released = load_released(clone).create(
-        0, *spaces, critic_hidden_dims=HIDDEN, actor_hidden_dims=HIDDEN, M_q=50.0
-    )
+    widths = {"critic_hidden_dims": HIDDEN, "actor_hidden_dims": HIDDEN}
+    released = load_released(clone).create(0, *spaces, M_q=50.0, **widths)
     args = Args(score_target="released", hidden_dims=HIDDEN, device="cpu")
     ours, check = (make_learner(args, OBS, ACT, "cpu") for _ in range(2))
     T, schedule = args.diffusion_steps, make_schedule(args.beta_schedule, args.diffusion_steps)
@@ -103,23 +93,19 @@ def main(clone: Path) -> None:
     for step in range(5):
         actions = torch.from_numpy(rng.uniform(-1, 1, (B, ACT)).astype(np.float32))
         batch = Batch(normal(B, OBS), actions, normal(B), normal(B, OBS), (normal(B) > 0.5).float())
-        noise = Noise(
-            normal(T + 1, B, ACT), normal(B, ACT), torch.from_numpy(rng.integers(0, T, B))
-        )
-        # In the order of its draws: a_T, a step noise for every t (the last times 0), action noise, t, noise.
-        queue[:] = [
-            x.numpy() for x in (*noise.next_actions[:T], normal(B, ACT), noise.next_actions[T])
-        ]
-        queue += [noise.t.numpy(), noise.actions.numpy()]
+        normals = normal(T + 1, B, ACT), normal(B, ACT)
+        noise = Noise(*normals, torch.from_numpy(rng.integers(0, T, B)))
+        # In the order of its draws: a_T, a step noise for every t (the last times 0), the rest.
+        *sampling, action_noise = noise.next_actions
+        draws = *sampling, normal(B, ACT), action_noise, noise.t, noise.actions
+        queue[:] = [x.numpy() for x in draws]
         data = {name: jnp.asarray(x.numpy()) for name, x in batch._asdict().items()}
-        names = {
-            "observations": "obs",
-            "next_observations": "next_obs",
-            "actions": "actions",
-            "rewards": "rewards",
-        }
-        released_batch = {theirs: data[name] for theirs, name in names.items()} | {
-            "masks": 1 - data["terminations"]
+        released_batch = {
+            "observations": data["obs"],
+            "actions": data["actions"],
+            "rewards": data["rewards"],
+            "next_observations": data["next_obs"],
+            "masks": 1 - data["terminations"],
         }
         with jax.disable_jit():
             released, _ = released.update(released_batch)
@@ -128,17 +114,11 @@ def main(clone: Path) -> None:
         ours.actor_optimizer.param_groups[0]["lr"].fill_(actor_lr_at(step, args))
         update(ours, batch, noise, schedule, args)
         copy_weights(released, check)
-        differences = {
-            name: max(
-                (p - q).abs().max().item()
-                for p, q in zip(x.parameters(), y.parameters(), strict=True)
-            )
-            for name, x, y in zip(Learner._fields[:3], ours[:3], check[:3], strict=True)
-        }
-        print(
-            f"update {step + 1}: "
-            + ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
-        )
+        cells = []
+        for name, x, y in zip(Learner._fields[:3], ours[:3], check[:3]):
+            pairs = zip(x.parameters(), y.parameters(), strict=True)
+            cells.append(f"{name} {max((p - q).abs().max().item() for p, q in pairs):.1e}")
+        print(f"update {step + 1}: " + ", ".join(cells))
 
 
 if __name__ == "__main__":

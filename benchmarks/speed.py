@@ -40,15 +40,8 @@ torch.compiler.config.force_disable_caches = True  # compiling is timed too
 
 
 def record(part: str, setting: str, variant: str, value: float, unit: str = "ms") -> float:
-    rows.append(
-        {
-            "part": part,
-            "setting": setting,
-            "variant": variant,
-            "value": f"{value:.4g}",
-            "unit": unit,
-        }
-    )
+    row = {"part": part, "setting": setting, "variant": variant, "value": f"{value:.4g}"}
+    rows.append(row | {"unit": unit})
     return value
 
 
@@ -104,25 +97,10 @@ def in_turns(sides: dict, seconds: float = 12.0) -> dict:
     return {name: (statistics.median(times[name]), first[name]) for name in sides}
 
 
-def our_update(
-    mode: str,
-    obs_dim: int,
-    act_dim: int,
-    width: int,
-    device: torch.device,
-    batch_size: int = 256,
-    score_target: str = "posterior",
-    diffusion_steps: int | None = None,
-):
-    """A function that draws a batch and updates once; `mode` is eager, compiled, graph or compiled graph."""
-    args = qsm.Args(
-        hidden_dims=(width, width),
-        batch_size=batch_size,
-        score_target=score_target,
-        diffusion_steps=diffusion_steps,
-        compile="compiled" in mode,
-        cuda_graph="graph" in mode,
-    )
+def our_update(mode: str, obs_dim: int, act_dim: int, width: int, device: torch.device, **flags):
+    """A function that draws a batch and updates once; `mode`: eager, compiled or (compiled) graph."""
+    flags |= {"compile": "compiled" in mode, "cuda_graph": "graph" in mode}
+    args = qsm.Args(hidden_dims=(width, width), **flags)
     learner = qsm.make_learner(args, obs_dim, act_dim, device)
     schedule = qsm.make_schedule(args.beta_schedule, args.diffusion_steps, device)
     rng, buffer = torch.Generator(device), ReplayBuffer(100_000, obs_dim, act_dim, device)
@@ -132,18 +110,16 @@ def our_update(
     update = fast.accelerate(qsm.update, args, device)
 
     def function() -> None:
-        batch = buffer.sample(batch_size, rng)
-        update(
-            learner,
-            batch,
-            qsm.draw_noise(args.diffusion_steps, batch_size, act_dim, rng),
-            schedule,
-            args,
-        )
+        noise = qsm.draw_noise(args.diffusion_steps, args.batch_size, act_dim, rng)
+        update(learner, buffer.sample(args.batch_size, rng), noise, schedule, args)
         if device.type == "cuda":
             torch.cuda.synchronize()
 
     return function
+
+
+def our_released_update(mode: str, *size_and_device):
+    return our_update(mode, *size_and_device, score_target="released")
 
 
 def released_update(clone: Path, obs_dim: int, act_dim: int, width: int):
@@ -153,10 +129,8 @@ def released_update(clone: Path, obs_dim: int, act_dim: int, width: int):
 
     jax.config.update("jax_default_matmul_precision", "highest")  # torch's default on a GPU
 
-    spaces = [
-        SimpleNamespace(shape=(n,), sample=lambda n=n: np.zeros(n, np.float32))
-        for n in (obs_dim, act_dim)
-    ]
+    sizes = obs_dim, act_dim
+    spaces = [SimpleNamespace(shape=(n,), sample=lambda n=n: np.zeros(n, "f")) for n in sizes]
     widths = {"critic_hidden_dims": (width, width), "actor_hidden_dims": (width, width)}
     state = [load_released(clone).create(0, *spaces, M_q=50.0, **widths)]
     rng = np.random.default_rng(0)
@@ -173,31 +147,20 @@ def released_update(clone: Path, obs_dim: int, act_dim: int, width: int):
 
 
 def part_update(device: torch.device, clone: Path | None) -> None:
-    print(
-        "\n| O, A, width | "
-        + ("released, ms | ours, ms (of released) |" if clone else "ours, ms (of eager) |")
-    )
-    print("|---|---|---|" if clone else "|---|---|")
+    """With the released target on both sides."""
     modes = ("eager", "compiled") + (("graph", "compiled graph") if device.type == "cuda" else ())
     for size in SIZES:
         sides = {"released": (released_update, clone, *size)} if clone else {}
-        sides |= {mode: (our_update, mode, *size, device, 256, "released") for mode in modes}
+        sides |= {mode: (our_released_update, mode, *size, device) for mode in modes}
         results = in_turns(sides)
+        (base, _), *_ = results.values()
+        cells = []
         for name, (ms, first) in results.items():
             record("update", "{} {} {}".format(*size), name, ms)
+            cells.append(f"{name} {ms:.2f} ({ms / base:.2f})")
             if name == "compiled":
                 record("update", "{} {} {}".format(*size), "compiling", first, "s")
-        base = results["released" if clone else "eager"][0]
-        cells = [
-            f"{name} {ms:.2f} ({ms / base:.2f})"
-            for name, (ms, _) in results.items()
-            if name != "released"
-        ]
-        cells[-1] += f"; compiling took {results['compiled'][1]:.0f} s"
-        print(
-            f"| {size} | " + (f"{base:.2f} | " if clone else "") + ", ".join(cells) + " |",
-            flush=True,
-        )
+        print(f"update, O, A, width {size}: " + ", ".join(cells), flush=True)
 
 
 def part_profile(device: torch.device, clone: Path | None) -> None:
@@ -205,28 +168,22 @@ def part_profile(device: torch.device, clone: Path | None) -> None:
     from torch.profiler import ProfilerActivity, profile
 
     cuda, updates = device.type == "cuda", 50
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     mode = "compiled graph" if cuda else "compiled"
-    torch._inductor.config.cpp.enable_kernel_profile = (
-        True  # or matrix products in the C++ wrapper have no name
-    )
+    torch._inductor.config.cpp.enable_kernel_profile = True  # gives matrix products a name
     print(f"\nO = 17, A = 6, batch 256, {mode}: where the time of an update goes")
     for width in (256, 512):
         for diffusion_steps in (5, 10, 20):
             setting = f"width {width} T {diffusion_steps}"
             function = our_update(mode, 17, 6, width, device, diffusion_steps=diffusion_steps)
             ms = record("profile", setting, mode, median_ms(function))
-            with profile(
-                activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-            ) as trace:
+            with profile(activities=activities) as trace:
                 for _ in range(updates):
                     function()
             line = f"{setting}: {ms:.2f} ms, {1e3 / ms:.0f} updates a second; "
             if cuda:
-                kernels = [
-                    e.time_range.elapsed_us()
-                    for e in trace.events()
-                    if e.device_type == DeviceType.CUDA
-                ]
+                on_gpu = [e for e in trace.events() if e.device_type == DeviceType.CUDA]
+                kernels = [e.time_range.elapsed_us() for e in on_gpu]
                 number = record("profile", setting, "kernels", len(kernels) / updates, "per update")
                 busy = record("profile", setting, "kernels' time", sum(kernels) / updates / 1e3)
                 line += f"{number:.0f} kernels, together {busy:.2f} ms, gaps {ms - busy:.2f} ms"
@@ -241,83 +198,51 @@ def part_profile(device: torch.device, clone: Path | None) -> None:
 
 
 def loop_ms(device: torch.device) -> float:
-    """Milliseconds per step of a training run, from its own log: the median of the intervals after compiling."""
+    """Milliseconds per step of a training run: median of its log's intervals after compiling."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    steps, learning_starts = (1250, 500) if device.type == "cpu" else (6000, 1000)
+    steps, starts = (1250, 500) if device.type == "cpu" else (6000, 1000)
     with tempfile.TemporaryDirectory() as folder:
-        flags = {
-            "total_timesteps": steps,
-            "learning_starts": learning_starts,
-            "eval_every": 0,
-            "log_every": 125,
-        }
-        flags |= {
-            "compile": True,
-            "checkpoint_every": 0,
-            "run_dir": Path(folder),
-            "device": str(device),
-        }
-        run = qsm.main(qsm.Args(**flags))
-        events = EventAccumulator(str(run))
+        flags = {"total_timesteps": steps, "learning_starts": starts, "eval_every": 0}
+        flags |= {"compile": True, "log_every": 125, "checkpoint_every": 0, "device": str(device)}
+        events = EventAccumulator(str(qsm.main(qsm.Args(run_dir=Path(folder), **flags))))
         events.Reload()
-        speeds = [e.value for e in events.Scalars("charts/SPS") if e.step > learning_starts + 125]
+        speeds = [e.value for e in events.Scalars("charts/SPS") if e.step > starts + 250]
     return 1e3 / statistics.median(speeds)
 
 
 def part_loop(device: torch.device, clone: Path | None) -> None:
-    update_alone = our_update(
-        "compiled graph" if device.type == "cuda" else "compiled", 376, 17, 512, device
-    )
-    envs = make_envs("Humanoid-v4", 1)
+    mode = "compiled graph" if device.type == "cuda" else "compiled"
+    update_alone, envs = our_update(mode, 376, 17, 512, device), make_envs("Humanoid-v4", 1)
     envs.reset(seed=0)
-    step = record(
-        "loop",
-        "Humanoid-v4",
-        "step alone",
-        median_ms(lambda: envs.step(envs.action_space.sample())),
-    )
-    envs.close()
+    step = median_ms(lambda: envs.step(envs.action_space.sample()))
+    record("loop", "Humanoid-v4", "step alone", step)
     ratios, before = [], median_ms(update_alone)
     for i in range(3):
         loop = record("loop", f"Humanoid-v4 {i}", "loop", loop_ms(device))
         after = median_ms(update_alone)
         update = record("loop", f"Humanoid-v4 {i}", "update alone", (before + after) / 2)
-        ratios.append(loop / max(update, step))
+        ratios.append(f"{loop / max(update, step):.2f}")
         before = after
-        print(
-            f"\nHumanoid-v4: {loop:.2f} ms a step; update alone {update:.2f} ms, environment step {step:.2f} ms"
-        )
-    print(
-        f"loop / larger of the two: {statistics.median(ratios):.2f} (of {', '.join(f'{x:.2f}' for x in ratios)})"
-    )
+        print(f"\nHumanoid-v4, ms: loop {loop:.2f}, update {update:.2f}, environment {step:.2f}")
+    print(f"loop / larger of the two: {', '.join(ratios)}")
 
 
 def main() -> None:
     parts = {name[5:]: function for name, function in globals().items() if name.startswith("part_")}
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(parts)}; default: all")
-    parser.add_argument(
-        "--released", type=Path, help="folder of a clone of the authors' repository"
-    )
+    parser.add_argument("--released", type=Path, help="clone of the authors' repository")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
     if not set(args.parts) <= set(parts):
         parser.error(f"parts are {', '.join(parts)}")
     device = runfiles.prepare(qsm.Args(device=args.device))
-    cuda = device.type == "cuda"
-    machine = (
-        torch.cuda.get_device_name(device)
-        if cuda
-        else f"{os.cpu_count()} cores, {platform.machine()}"
-    )
-    precision = torch.get_float32_matmul_precision()
-    print(
-        f"{machine}; torch {torch.__version__}, {torch.get_num_threads()} threads, {precision} precision"
-    )
+    name = f"{os.cpu_count()} cores, {platform.machine()}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
+    print(f"{name}; torch {torch.__version__}, {torch.get_num_threads()} threads")
     for part in args.parts or parts:
         parts[part](device, args.released)
     if args.csv:
