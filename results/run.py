@@ -13,6 +13,7 @@ Stable-Baselines3 has no exact resume: a run of peers.py starts again.
 import argparse
 import fcntl
 import json
+import math
 import os
 import re
 import shlex
@@ -152,25 +153,24 @@ def on_ray(runs: list[Run], args: argparse.Namespace) -> list:
         import ray
     except ImportError:
         raise SystemExit("--ray needs: pip install ray") from None
-    ray.init(address=None if args.ray == "local" else args.ray, num_cpus=args.P or None)
+    local = {"num_cpus": args.P or None}  # a cluster has its own number
+    ray.init(**local if args.ray == "local" else {"address": args.ray})
     task = ray.remote(num_cpus=1, num_gpus=args.gpu, max_retries=-1)(make)
     return [task.remote(run) for run in runs]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    raw = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("table", type=Path)
     parser.add_argument("-P", type=int, default=0, help="runs at a time; default: one per core")
     parser.add_argument("--ray", help="auto, the address of a cluster, or local")
-    parser.add_argument(
-        "--gpu", type=float, default=0, help="share of a GPU for each run, with --ray"
-    )
+    parser.add_argument("--gpu", type=float, default=0, help="with --ray: of a GPU for each run")
     parser.add_argument("--every", type=float, default=60, help="seconds between tables")
     args = parser.parse_args()
     runs = read_table(args.table)
     todo, states, first_steps, start = [r for r in runs if not r.done], {}, {}, time.monotonic()
+    shown = -math.inf
 
     def stop(signum, frame) -> None:  # runs end their step and write a checkpoint
         stopping.append(signum)
@@ -185,16 +185,12 @@ def main() -> None:
         pool = ThreadPoolExecutor(args.P or len(os.sched_getaffinity(0)))
         futures = [pool.submit(make, run) for run in todo]
     while not all(future.done() for future in futures) and not (args.ray and stopping):
-        show(runs, states, first_steps, start)
-        end = time.monotonic() + args.every
-        while time.monotonic() < end and not stopping:
-            time.sleep(0.2)
-            if all(future.done() for future in futures):
-                break
+        if time.monotonic() - shown > args.every:
+            show(runs, states, first_steps, start)
+            shown = time.monotonic()
+        time.sleep(0.2)
         ended = ((run, future) for run, future in zip(todo, futures) if future.done())
         states |= {run.name: future.exception() or future.result() for run, future in ended}
-        if stopping and not args.ray:
-            time.sleep(0.5)
     show(runs, states, first_steps, start)
     if not all(run.done for run in runs):
         raise SystemExit("not all runs are done; the same command goes on")
