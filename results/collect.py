@@ -20,40 +20,26 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 def collect(run: Path, destination: Path, label: str | None = None) -> Path:
     """Copy one run below `destination`; returns the new folder."""
     args = torch.load(run / "model.pt", weights_only=True)["args"]
-    folder = (
-        destination
-        / f"{re.sub('[/:]', '-', args['env_id'])}__{label or args['score_target']}__seed{args['seed']}"
-    )
+    label = label or args["score_target"]
+    name = f"{re.sub('[/:]', '-', args['env_id'])}__{label}__seed{args['seed']}"
+    folder = destination / name
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("episodes.csv", "evaluations.csv"):
-        shutil.copy(run / name, folder / name)
-    with (folder / "args.csv").open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(
-            item for item in args.items() if item[0] != "run_dir"
-        )
-
+        if (run / name).exists():  # no evaluations with --eval-every 0
+            shutil.copy(run / name, folder / name)
     events = EventAccumulator(str(run))
     events.Reload()
-    names = [
-        name for name in events.Tags()["scalars"] if name.split("/")[0] in ("losses", "diffusion")
-    ]
-    columns = {
-        name: {event.step: event.value for event in events.Scalars(name)}
-        for name in [*names, "charts/SPS"]
-    }
+    names = [n for n in events.Tags()["scalars"] if n.split("/")[0] in ("losses", "diffusion")]
+    names.append("charts/SPS")
+    columns = {name: {e.step: f"{e.value:.5g}" for e in events.Scalars(name)} for name in names}
     with (folder / "scalars.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["global_step", *columns])
         for step in columns["charts/SPS"]:
-            writer.writerow(
-                [
-                    step,
-                    *(
-                        f"{column[step]:.5g}" if step in column else ""
-                        for column in columns.values()
-                    ),
-                ]
-            )
+            writer.writerow([step, *(column.get(step, "") for column in columns.values())])
+    with (folder / "args.csv").open("w", newline="") as file:  # last: the run is whole
+        rows = (item for item in args.items() if item[0] != "run_dir")
+        csv.writer(file, lineterminator="\n").writerows(rows)
     return folder
 
 
