@@ -45,6 +45,8 @@ from fast import accelerate
 from networks import Critic, ScoreNet
 from runfiles import RunFiles, StopRequest, stop
 
+ScoreTarget = Literal["posterior", "released"]
+BetaSchedule = Literal["log-snr", "vp", "cosine", "linear"]
 PRESETS = {  # (alpha, T, schedule, normalize); why: "Why these constants" in results/README.md
     "posterior": (10.0, 10, "log-snr", True),
     "released": (50.0, 5, "vp", False),
@@ -86,16 +88,12 @@ class Args:
     action_noise: float = 0.1  # std of Gaussian noise on behaviour and target actions
     candidates: int = 1  # actions drawn to act; the one with the highest min-Q acts (paper: 1)
 
-    score_target: Literal["posterior", "released"] = (
-        "posterior"  # what the network is regressed onto
-    )
+    score_target: ScoreTarget = "posterior"  # what the network is regressed onto
     # None: the value of PRESETS for the score target
     alpha: float | None = None  # inverse temperature (released: M_q), higher is greedier; 10 or 50
     diffusion_steps: int | None = None  # denoising steps T; 10 or 5
-    beta_schedule: Literal["log-snr", "vp", "cosine", "linear"] | None = None  # log-snr or vp
-    normalize_q_grad: bool | None = (
-        None  # divide dQ/da by the running mean of |dQ/da|; True or False
-    )
+    beta_schedule: BetaSchedule | None = None  # log-snr or vp
+    normalize_q_grad: bool | None = None  # divide dQ/da by its running mean size; True or False
 
     def __post_init__(self):
         names = "alpha", "diffusion_steps", "beta_schedule", "normalize_q_grad"
@@ -343,15 +341,17 @@ def evaluate(learner: Learner, envs, schedule: Schedule, args: Args, stopped=lam
 def evaluate_saved(args: Args) -> Path:
     """--evaluate: print the returns of a saved policy and append them to evaluate.csv."""
     model, device = runfiles.load_model(args.evaluate), runfiles.prepare(args)
-    trained = replace(Args(**model["args"]), seed=args.seed, candidates=args.candidates)
+    with runfiles.reading(args.evaluate):
+        trained = replace(Args(**model["args"]), seed=args.seed, candidates=args.candidates)
     if ":" in trained.env_id and args.env_id != trained.env_id:  # gym.make imports, and so runs, it
         raise UserError(f"the model names code; if you trust it, add --env-id {trained.env_id}")
     video = args.evaluate / f"videos/step-{model['global_step']}-seed-{args.seed}"
     video = video if args.capture_video else None
     envs = make_envs(trained.env_id, args.eval_episodes, False, video)
     learner = make_learner(trained, *dimensions(envs), device)
-    learner.score_net.load_state_dict(model["score_net"])
-    learner.critic.load_state_dict(model["critic"])
+    with runfiles.reading(args.evaluate):
+        learner.score_net.load_state_dict(model["score_net"])
+        learner.critic.load_state_dict(model["critic"])
     schedule = make_schedule(trained.beta_schedule, trained.diffusion_steps, device)
     episodes = evaluate(learner, envs, schedule, trained)
     close(envs)
@@ -369,7 +369,8 @@ def train(args: Args) -> Path:
     """Train, from the start or from a checkpoint, and return the folder of the run."""
     saved = runfiles.load_checkpoint(args.resume) if args.resume else None
     if saved:
-        args = replace(Args(**saved["args"]), resume=args.resume)
+        with runfiles.reading(args.resume):
+            args = replace(Args(**saved["args"]), resume=args.resume)
     device, T = runfiles.prepare(args), args.diffusion_steps
     envs = make_envs(args.env_id, args.num_envs, args.async_envs)  # forks, thus before CUDA starts
     eval_envs = make_envs(args.env_id, args.eval_episodes, asynchronous=False)
@@ -411,11 +412,12 @@ def train(args: Args) -> Path:
                 noise = torch.randn(shape, device=device, generator=rng)
                 actions = act_fast(learner, obs_tensor, noise, schedule, args)
 
-            # Update floor(utd * steps since learning_starts) times in all. Batches lack the step
-            # below: a GPU updates while the environments step.
             actions_cpu = actions.cpu().numpy()
             if not np.isfinite(actions_cpu).all():
                 raise UserError("the actions are not finite: try a lower --actor-lr or --alpha")
+
+            # Update floor(utd * steps since learning_starts) times in all. Batches lack the step
+            # below: a GPU updates while the environments step.
             while num_updates < math.floor((global_step - args.learning_starts) * args.utd + 1e-9):
                 learner.actor_optimizer.param_groups[0]["lr"].fill_(actor_lr_at(num_updates, args))
                 noise = draw_noise(T, args.batch_size, act_dim, rng)

@@ -22,6 +22,7 @@ from typing import NoReturn
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map_only
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -169,6 +170,7 @@ class RunFiles:
         """
         self.events.flush()  # else a killed run lacks events from before its checkpoint
         states = [x if isinstance(x, torch.Tensor) else x.state_dict() for x in learner]
+        states = tree_map_only(torch.Tensor, torch.Tensor.cpu, states)
         model = dict(score_net=states[0], critic=states[1], args=self.args, global_step=loop[0])
         saved = dict(args=self.args, loop=loop, learner=states, versions=versions())
         saved |= dict(size=buffer.size, position=buffer.position)
