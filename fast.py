@@ -62,16 +62,11 @@ def tensors_in(learner) -> list[torch.Tensor]:
     return tensors
 
 
-def no_state(learner) -> bool:
-    """Has an optimizer not made its moments yet? They are made by its first step."""
-    return not all(x.state for x in learner if isinstance(x, torch.optim.Optimizer))
-
-
 def accelerate(function, args, device: torch.device):
-    """`function(learner, *inputs, schedule, args)`, made fast as `args` say.
+    """`function(learner, data, noise, schedule, args)`, made fast as `args` say.
 
     The result is always called with the same learner, schedule and args. Compilation and capture
-    happen on the first call with inputs of these shapes after the first update.
+    happen on the first call with data of a shape, once the optimizers have made their state.
 
     Raises:
         UserError: compilation or capture is requested but unavailable.
@@ -86,16 +81,22 @@ def accelerate(function, args, device: torch.device):
         raise UserError(f"--compile True needs {compiler}" + (" and triton" if cuda else ""))
     if args.cuda_graph and not cuda:
         raise UserError(f"--cuda-graph True needs a CUDA device, not {device}")
+    fast = function
     if args.compile or (args.compile is None and available and many):
-        function = compiled(function, not cuda)
+        fast = compiled(fast, not cuda)
     if cuda and args.cuda_graph is not False:
-        function = captured(function)
+        fast = captured(fast)
     if not cuda:  # MKL is slow on AMD; "medium" selects oneDNN, which with AMX rounds to bfloat16
         torch.set_float32_matmul_precision("medium")
         x = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
         if (x[0] @ x[1] - x[0].double() @ x[1].double()).abs().max() > 1e-3:  # float32: 1e-5
             torch.set_float32_matmul_precision("highest")
-    return function
+
+    def accelerated(learner, *rest):
+        optimizers = (x for x in learner if isinstance(x, torch.optim.Optimizer))
+        return (fast if all(x.state for x in optimizers) else function)(learner, *rest)
+
+    return function if fast is function else accelerated
 
 
 def compiled(function, on_cpu: bool):
@@ -106,20 +107,20 @@ def compiled(function, on_cpu: bool):
     """
     graphs = {}
 
-    def build(learner, inputs, schedule, args):
+    def build(learner, data, noise, schedule, args):
         import torch._inductor  # takes a second
         from torch.fx.experimental.proxy_tensor import make_fx
 
         for optimizer in (x for x in learner if isinstance(x, torch.optim.Optimizer)):
             optimizer.zero_grad()  # gradients are made within the graph
         held, form = [*tensors_in(learner), *schedule], []
-        everything = [*held, *tree_leaves(inputs)]
+        everything = [*held, *tree_leaves((data, noise))]
 
         def on_tensors(*traced):
             for x, traced_x in zip(everything, traced, strict=True):
                 traced_x.requires_grad_(x.requires_grad)
             in_place_of = {id(x): traced_x for x, traced_x in zip(everything, traced, strict=True)}
-            outputs = function(*copy.deepcopy((learner, *inputs, schedule), in_place_of), args)
+            outputs = function(*copy.deepcopy((learner, data, noise, schedule), in_place_of), args)
             leaves, form[:] = tree_flatten(outputs)[0], [tree_flatten(outputs)[1]]
             return leaves
 
@@ -130,14 +131,11 @@ def compiled(function, on_cpu: bool):
             graph = torch._inductor.compile(graph, tensors, options)
         return graph, tensors[: len(held)], form[0], learner
 
-    def compiled_function(learner, *inputs_schedule_args):
-        *inputs, schedule, args = inputs_schedule_args
-        if no_state(learner):  # before the first update
-            return function(learner, *inputs, schedule, args)
-        leaves = tree_leaves(inputs)
+    def compiled_function(learner, data, noise, schedule, args):
+        leaves = tree_leaves((data, noise))
         key = id(learner), *(x.shape for x in leaves)
         if key not in graphs:
-            graphs[key] = build(learner, inputs, schedule, args)
+            graphs[key] = build(learner, data, noise, schedule, args)
         graph, held, form, _ = graphs[key]
         with torch.no_grad():
             return tree_unflatten(graph(*held, *leaves), form)
@@ -146,7 +144,7 @@ def compiled(function, on_cpu: bool):
 
 
 def captured(function):
-    """`function` as one CUDA graph; inputs are copied to where the graph reads them.
+    """`function` as one CUDA graph; data and noise are copied to where the graph reads them.
 
     The first replay is compared with a call that is not captured, from the same state. If they
     differ by more than 1e-4, or capturing fails, one line says so and nothing is captured.
@@ -154,8 +152,8 @@ def captured(function):
     """
     graph, captures = torch.cuda.CUDAGraph(), []  # captures: where inputs go, outputs; or None
 
-    def capture(learner, inputs, schedule, args):
-        static, changed = tree_map(torch.clone, inputs), tensors_in(learner)
+    def capture(learner, data, noise, schedule, args):
+        static, changed = tree_map(torch.clone, (data, noise)), tensors_in(learner)
         before = [x.detach().clone() for x in changed]
 
         @torch.no_grad()
@@ -184,17 +182,14 @@ def captured(function):
         print(f"not captured as a CUDA graph: {problem}")
         return None
 
-    def replay(learner, *inputs_schedule_args):
-        *inputs, schedule, args = inputs_schedule_args
-        if no_state(learner):
-            return function(learner, *inputs, schedule, args)
+    def replay(learner, data, noise, schedule, args):
         if not captures:
             with torch.cuda.device(schedule[0].device):
-                captures.append(capture(learner, inputs, schedule, args))
+                captures.append(capture(learner, data, noise, schedule, args))
         if captures[0] is None:
-            return function(learner, *inputs, schedule, args)
+            return function(learner, data, noise, schedule, args)
         static, outputs = captures[0]
-        torch._foreach_copy_(static, tree_leaves(inputs))
+        torch._foreach_copy_(static, tree_leaves((data, noise)))
         graph.replay()
         return tree_map(lambda x: x, outputs)
 

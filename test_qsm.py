@@ -689,16 +689,16 @@ def test_compiled_mish_is_mish():
 @pytest.mark.parametrize("inductor", [False, pytest.param(True, marks=needs_compiler)])
 def test_compiled_updates_and_actions_agree_with_eager(inductor, monkeypatch):
     """With NaN in one batch; as traced, also two learners in turns and two batch sizes."""
-    args, schedule = Args(hidden_dims=(16, 16), diffusion_steps=3), make_schedule("cosine", 3)
-    turns = [(0, 16)] * 3
+    args = Args(hidden_dims=(16, 16), diffusion_steps=3, compile=True)
+    schedule, turns = make_schedule("cosine", 3), [(0, 16)] * 3
     if not inductor:
         turns = [(0, 16), (1, 16), (0, 16), (0, 8), (1, 16), (0, 8)]
         monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs, options: graph)
     results = []
-    for make in (lambda function: fast.compiled(function, on_cpu=True), lambda function: function):
+    for make in (fast.accelerate, lambda function, args, device: function):
         torch.manual_seed(0)
         learners, metrics = [make_learner(args, OBS, ACT, "cpu") for _ in range(2)], {}
-        update_once, act_once = make(update), make(act)
+        update_once, act_once = (make(f, args, torch.device("cpu")) for f in (update, act))
         for seed, (i, batch_size) in enumerate(turns):
             batch = random_batch(batch_size, seed)
             if seed == 1:
@@ -756,24 +756,23 @@ def test_update_and_acting_never_read_a_value():
 @needs_cuda
 @pytest.mark.parametrize("compiled", [False, True])
 def test_captured_updates_agree_with_eager_and_draw_fresh_noise(compiled, capsys):
-    args, results = Args(hidden_dims=(16, 16), diffusion_steps=3), []
-    schedule, batch = (
-        make_schedule("cosine", 3, "cuda"),
-        Batch(*(x.cuda() for x in random_batch(16))),
-    )
+    flags, results = dict(hidden_dims=(16, 16), diffusion_steps=3), []
+    schedule = make_schedule("cosine", 3, "cuda")
+    batch = Batch(*(x.cuda() for x in random_batch(16)))
     for captured in (False, True):
+        args = Args(**flags, compile=captured and compiled, cuda_graph=captured)
+        update_once, act_once = (
+            fast.accelerate(f, args, torch.device("cuda")) for f in (update, act)
+        )
         torch.manual_seed(0)
         learner, rng = make_learner(args, OBS, ACT, "cuda"), torch.Generator("cuda").manual_seed(0)
-        update_once = fast.compiled(update, on_cpu=False) if captured and compiled else update
-        update_once = fast.captured(update_once) if captured else update_once
         losses = []
         for _ in range(4):
             noise = draw_noise(3, 16, ACT, rng)
             metrics = update_once(learner, batch, noise, schedule, args)
             losses.append(metrics["losses/actor_loss"].item())
         assert len(set(losses)) == 4  # the same batch, another noise
-        actions = fast.captured(act) if captured else act
-        actions = actions(learner, batch.obs, noise.next_actions, schedule, args)
+        actions = act_once(learner, batch.obs, noise.next_actions, schedule, args)
         results.append([*everything_in(learner), actions])
     assert "not captured" not in capsys.readouterr().out
     for x, y in zip(*results, strict=True):
