@@ -4,6 +4,7 @@ Without `accelerate` everything is the same up to rounding, only slower.
 """
 
 import copy
+import ctypes
 import importlib.util
 import os
 import shutil
@@ -91,6 +92,10 @@ def accelerate(function, args, device: torch.device):
         x = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
         if (x[0] @ x[1] - x[0].double() @ x[1].double()).abs().max() > 1e-3:  # float32: 1e-5
             torch.set_float32_matmul_precision("highest")
+        libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+        if hasattr(libc, "mallopt"):  # else glibc returns freed tensors, and updates fault in pages
+            libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, its maximum
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
     def accelerated(learner, *rest):
         optimizers = (x for x in learner if isinstance(x, torch.optim.Optimizer))
