@@ -65,8 +65,9 @@ def make_env(env_id: str, video: Path | None = None) -> gym.Env:
     Raises:
         UserError: unknown id, missing package, or spaces that are not continuous and bounded.
     """
-    if multiprocessing.parent_process():  # a worker: Ctrl-C reaches it too, but the main process
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # still needs it to end the step and save
+    if multiprocessing.parent_process():  # a worker: a terminal's or scheduler's signal reaches it
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # too, but the main process still needs it to
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))  # end the step and to save
     if video:
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
     try:

@@ -29,22 +29,13 @@ class ScoreNet(nn.Module):
         obs_dim, act_dim: sizes O and A of one observation and one action.
         hidden_dims: widths of the hidden layers; H below is the first of them.
         diffusion_steps: T, the number of denoising steps.
-        time_dim: number of Fourier features of the raw integer t.
-        time_hidden: width of the two layers of the time MLP.
     """
 
-    def __init__(
-        self,
-        obs_dim: int,
-        act_dim: int,
-        hidden_dims: Sequence[int] = (512, 512),
-        diffusion_steps: int = 10,
-        time_dim: int = 64,
-        time_hidden: int = 128,
-    ):
+    def __init__(self, obs_dim: int, act_dim: int, hidden_dims=(512, 512), diffusion_steps=10):
         super().__init__()
         timesteps = torch.arange(diffusion_steps, dtype=torch.float32)
         self.register_buffer("timesteps", timesteps, persistent=False)
+        time_dim, time_hidden = 64, 128  # of the Fourier features of t, of the time MLP
         self.frequencies = nn.Parameter(0.2 * torch.randn(time_dim // 2))
         self.time_mlp = nn.ModuleList(
             [linear(time_dim, time_hidden), linear(time_hidden, time_hidden)]

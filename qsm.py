@@ -25,6 +25,7 @@ a_t is (sqrt(abar_t) x - a_t) / (1 - abar_t).
 is its jaxrl5/agents/score_matching/score_matching_learner.py, DIF its jaxrl5/networks/diffusion.py.
 """
 
+import atexit
 import copy
 import math
 from collections import deque
@@ -348,7 +349,8 @@ def evaluate_saved(args: Args) -> Path:
     video = args.evaluate / f"videos/step-{model['global_step']}-seed-{args.seed}"
     video = video if args.capture_video else None
     envs = make_envs(trained.env_id, args.eval_episodes, False, video)
-    learner = make_learner(trained, *dimensions(envs), device)
+    sizes = *envs.single_observation_space.shape, *envs.single_action_space.shape  # O, A
+    learner = make_learner(trained, *sizes, device)
     with runfiles.reading(args.evaluate):
         learner.score_net.load_state_dict(model["score_net"])
         learner.critic.load_state_dict(model["critic"])
@@ -360,11 +362,6 @@ def evaluate_saved(args: Args) -> Path:
     return args.evaluate
 
 
-def dimensions(envs) -> tuple[int, int]:
-    """Sizes O and A of one observation and one action."""
-    return envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
-
-
 def train(args: Args) -> Path:
     """Train, from the start or from a checkpoint, and return the folder of the run."""
     saved = runfiles.load_checkpoint(args.resume) if args.resume else None
@@ -373,10 +370,11 @@ def train(args: Args) -> Path:
             args = replace(Args(**saved["args"]), resume=args.resume)
     device, T = runfiles.prepare(args), args.diffusion_steps
     envs = make_envs(args.env_id, args.num_envs, args.async_envs)  # forks, thus before CUDA starts
+    atexit.register(close, envs)  # where it ends before the loop
     eval_envs = make_envs(args.env_id, args.eval_episodes, asynchronous=False)
     obs, _ = envs.reset(seed=args.seed)  # env i gets seed + i
     envs.action_space.seed(args.seed)
-    obs_dim, act_dim = dimensions(envs)
+    (obs_dim,), (act_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
     learner = make_learner(args, obs_dim, act_dim, device)
     buffer = ReplayBuffer(args.buffer_size, obs_dim, act_dim, device)
     schedule = make_schedule(args.beta_schedule, T, device)

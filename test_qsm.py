@@ -582,22 +582,30 @@ def test_released_target_does_not():
     assert (flat.abs() == 1).double().mean() > 0.60
 
 
-def four_modes(obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-    """exp(Q) is four equal bumps at the corners of a square that the state rotates, (2, B)."""
-    x = (obs * actions).sum(-1)
-    y = obs[:, 0] * actions[:, 1] - obs[:, 1] * actions[:, 0]
-    corners = [(i, j) for i in (-0.5, 0.5) for j in (-0.5, 0.5)]
-    bumps = [-((x - i) ** 2 + (y - j) ** 2) / (2 * 0.2**2) for i, j in corners]
+FOUR = [(i, j) for i in (-0.5, 0.5) for j in (-0.5, 0.5)]
+ANGLES = torch.tensor([0.0, 0.4, 0.9])
+STATES = torch.stack([ANGLES.cos(), ANGLES.sin()], 1)
+
+
+def turned_back(obs: torch.Tensor, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Coordinates of actions (B, 2) in a frame that the states, unit vectors (B, 2), turn."""
+    return (obs * actions).sum(-1), obs[:, 0] * actions[:, 1] - obs[:, 1] * actions[:, 0]
+
+
+def hills(obs: torch.Tensor, actions: torch.Tensor, centers: list) -> torch.Tensor:
+    """Q of which exp(Q) is a sum of bumps of width 0.2 at centers that the state turns, (2, B)."""
+    x, y = turned_back(obs, actions)
+    bumps = [-((x - i) ** 2 + (y - j) ** 2) / (2 * 0.2**2) for i, j in centers]
     return torch.stack(bumps).logsumexp(0).expand(2, -1)
 
 
-def learn_four_modes(reward_scale: float, steps: int, n: int) -> tuple[list[torch.Tensor], float]:
+def learn_hills(centers: list, reward_scale: float = 1.0, steps: int = 2000, n: int = 8000):
     """Train the real network on reward_scale * Q; samples (n, 2) at each of STATES, alpha of Q."""
     torch.manual_seed(0)
     g, T, schedule = generator(), 10, make_schedule("log-snr", 10)
     args = Args(hidden_dims=(128, 128), actor_lr=3e-3, total_timesteps=steps, actor_lr_decay=1)
     args.action_noise = 0.0
-    critic = Fixed(lambda obs, actions: reward_scale * four_modes(obs, actions))
+    critic = Fixed(lambda obs, actions: reward_scale * hills(obs, actions, centers))
     learner = learner_of(ScoreNet(2, 2, args.hidden_dims, T), critic)
     for k in range(steps):
         angles = 2 * torch.pi * torch.rand(256, generator=g)
@@ -619,28 +627,36 @@ def sliced_w1(x: torch.Tensor, y: torch.Tensor) -> float:
     return ((x @ directions).sort(0).values - (y @ directions).sort(0).values).abs().mean().item()
 
 
-ANGLES = torch.tensor([0.0, 0.4, 0.9])
-STATES = torch.stack([ANGLES.cos(), ANGLES.sin()], 1)
-
-
-def test_learned_policy_has_the_four_modes():
-    """But not in equal shares: 4 to 51 % over four seeds, W1 0.17; see docs/score_target.md."""
-    samples, alpha = learn_four_modes(1.0, 2000, n=8000)
+def distance_to_exact(samples: list[torch.Tensor], alpha: float, centers: list) -> float:
+    """The largest sliced distance to exp(alpha Q) over STATES."""
     axis = torch.linspace(-1, 1, 201)
-    grid = torch.cartesian_prod(axis, axis)
+    grid, distances = torch.cartesian_prod(axis, axis), []
     for state, actions in zip(STATES, samples):
-        x = (state * actions).sum(-1)
-        y = state[0] * actions[:, 1] - state[1] * actions[:, 0]
-        shares = [((x > 0) == i) & ((y > 0) == j) for i in (False, True) for j in (False, True)]
-        assert min(share.float().mean().item() for share in shares) > 0.02
-        density = (alpha * four_modes(state.expand(len(grid), 2), grid)[0]).softmax(0)
-        exact = grid[density.multinomial(8000, replacement=True, generator=generator(2))]
-        assert sliced_w1(actions, exact) < 0.25
+        density = (alpha * hills(state.expand(len(grid), 2), grid, centers)[0]).softmax(0)
+        exact = grid[density.multinomial(len(actions), replacement=True, generator=generator(2))]
+        distances.append(sliced_w1(actions, exact))
+    return max(distances)
+
+
+def test_learned_policy_is_the_boltzmann_density_of_one_hill():
+    samples, alpha = learn_hills(FOUR[:1])
+    assert distance_to_exact(samples, alpha, FOUR[:1]) < 0.02  # measured: 0.009
+
+
+@pytest.mark.xfail(strict=True, reason="a known limit, see docs/score_target.md")
+def test_learned_policy_has_four_modes_in_equal_shares():
+    """Wanted, and not so: shares are 0.04 to 0.51 over four seeds, the distance about 0.17."""
+    samples, alpha = learn_hills(FOUR)
+    for state, actions in zip(STATES, samples):
+        x, y = turned_back(state.expand_as(actions), actions)
+        for i, j in FOUR:
+            assert 0.20 < ((x * i > 0) & (y * j > 0)).float().mean() < 0.30
+    assert distance_to_exact(samples, alpha, FOUR) < 0.06
 
 
 def test_reward_scale_does_not_change_the_policy():
-    samples, alpha = learn_four_modes(1.0, 200, n=2000)
-    scaled, scaled_alpha = learn_four_modes(10.0, 200, n=2000)
+    samples, alpha = learn_hills(FOUR, steps=200, n=2000)
+    scaled, scaled_alpha = learn_hills(FOUR, reward_scale=10.0, steps=200, n=2000)
     assert scaled_alpha == pytest.approx(alpha, rel=1e-3)
     assert max(sliced_w1(x, y) for x, y in zip(samples, scaled)) < 0.01
 
@@ -1158,7 +1174,7 @@ def test_run_killed_at_50_random_moments_is_the_uninterrupted_run(
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_signals_write_a_checkpoint_and_end_the_run(signum, tmp_path):
-    """Ctrl-C goes to the worker processes too, as from a terminal."""
+    """The worker processes get them too, as from a terminal or a scheduler."""
     flags = "--env-id Pendulum-v1 --num-envs 2 --async-envs True --hidden-dims 8 --compile False"
     flags += f" --learning-starts 50 --eval-every 0 --run-dir {tmp_path}"
     command = [sys.executable, str(ROOT / "qsm.py"), *flags.split()]
@@ -1168,7 +1184,7 @@ def test_signals_write_a_checkpoint_and_end_the_run(signum, tmp_path):
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.2)
-    (os.killpg if signum == signal.SIGINT else os.kill)(process.pid, signum)
+    os.killpg(process.pid, signum)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 128 + signum, stderr
     run = run_of(tmp_path)
@@ -1331,11 +1347,12 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("name", ["checkpoint.npz", "model.pt"])
+FILES = [(damage, name) for damage in DAMAGES for name in ("checkpoint.npz", "model.pt")]
+FILES.remove(("flipped", "model.pt"))  # torch compares no checksum
+
+
+@pytest.mark.parametrize(("damage", "name"), FILES)
 def test_unusable_files_get_one_line(damage, name, checkpointed, capsys):
-    if (damage, name) == ("flipped", "model.pt"):
-        return  # torch keeps no checksum that it compares
     path = checkpointed / name
     DAMAGES[damage](path)
     content = path.read_bytes() if path.exists() else None
