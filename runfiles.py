@@ -131,7 +131,12 @@ class RunFiles:
         except BlockingIOError:
             raise UserError(f"{self.path} is in use by another process") from None
         if args.track:  # a resumed run goes on under its id
-            wandb.init(id=self.path.name, config=self.args, resume="allow", sync_tensorboard=True)
+            try:
+                wandb.init(
+                    id=self.path.name, config=self.args, resume="allow", sync_tensorboard=True
+                )
+            except Exception as error:  # no key, no network
+                raise UserError(f"--track: {one_line(error)}") from None
         purge_step = None if resumed_at is None else resumed_at + 1
         self.events = SummaryWriter(self.path, purge_step=purge_step)
         if resumed_at is None:
