@@ -50,6 +50,20 @@ DECOMPOSITIONS = {  # compiled in place of kernels of torch, to be fused with wh
 }
 
 
+def tune(device: torch.device, tf32: bool = False) -> None:
+    """Choose the matrix products and, on a CPU, the memory allocator of this process."""
+    torch.set_float32_matmul_precision("high" if tf32 and device.type == "cuda" else "highest")
+    if device.type == "cpu":  # MKL is slow on AMD; "medium" takes oneDNN, which may use bfloat16
+        torch.set_float32_matmul_precision("medium")
+        x = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
+        if (x[0] @ x[1] - x[0].double() @ x[1].double()).abs().max() > 1e-3:  # float32: 1e-5
+            torch.set_float32_matmul_precision("highest")
+        libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+        if hasattr(libc, "mallopt"):  # else glibc returns freed tensors, and updates fault in pages
+            libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, its maximum
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
 def tensors_in(learner) -> list[torch.Tensor]:
     """Every tensor of a NamedTuple of modules, optimizers and tensors, once each."""
     tensors = []
@@ -87,15 +101,6 @@ def accelerate(function, args, device: torch.device):
         fast = compiled(fast, not cuda)
     if cuda and args.cuda_graph is not False:
         fast = captured(fast)
-    if not cuda:  # MKL is slow on AMD; "medium" selects oneDNN, which with AMX rounds to bfloat16
-        torch.set_float32_matmul_precision("medium")
-        x = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
-        if (x[0] @ x[1] - x[0].double() @ x[1].double()).abs().max() > 1e-3:  # float32: 1e-5
-            torch.set_float32_matmul_precision("highest")
-        libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-        if hasattr(libc, "mallopt"):  # else glibc returns freed tensors, and updates fault in pages
-            libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, its maximum
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
     def accelerated(learner, *rest):
         optimizers = (x for x in learner if isinstance(x, torch.optim.Optimizer))

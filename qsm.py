@@ -29,7 +29,7 @@ import atexit
 import copy
 import math
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -341,9 +341,7 @@ def evaluate(learner: Learner, envs, schedule: Schedule, args: Args, stopped=lam
 
 def evaluate_saved(args: Args) -> Path:
     """--evaluate: print the returns of a saved policy and append them to evaluate.csv."""
-    model, device = runfiles.load_model(args.evaluate), runfiles.prepare(args)
-    with runfiles.reading(args.evaluate):
-        trained = replace(Args(**model["args"]), seed=args.seed, candidates=args.candidates)
+    (trained, model), device = runfiles.load_model(args), runfiles.prepare(args)
     if ":" in trained.env_id and args.env_id != trained.env_id:  # gym.make imports, and so runs, it
         raise UserError(f"the model names code; if you trust it, add --env-id {trained.env_id}")
     video = args.evaluate / f"videos/step-{model['global_step']}-seed-{args.seed}"
@@ -357,17 +355,14 @@ def evaluate_saved(args: Args) -> Path:
     schedule = make_schedule(trained.beta_schedule, trained.diffusion_steps, device)
     episodes = evaluate(learner, envs, schedule, trained)
     close(envs)
-    path = args.evaluate / "evaluate.csv"
-    runfiles.write_evaluation(path, model["global_step"], trained, episodes)
+    with (args.evaluate / "evaluate.csv").open("a") as file:
+        runfiles.write_evaluation(file, model["global_step"], trained, episodes)
     return args.evaluate
 
 
 def train(args: Args) -> Path:
     """Train, from the start or from a checkpoint, and return the folder of the run."""
-    saved = runfiles.load_checkpoint(args.resume) if args.resume else None
-    if saved:
-        with runfiles.reading(args.resume):
-            args = replace(Args(**saved["args"]), resume=args.resume)
+    args, saved = runfiles.load_checkpoint(args) if args.resume else (args, None)
     device, T = runfiles.prepare(args), args.diffusion_steps
     envs = make_envs(args.env_id, args.num_envs, args.async_envs)  # forks, thus before CUDA starts
     atexit.register(close, envs)  # where it ends before the loop
@@ -384,7 +379,7 @@ def train(args: Args) -> Path:
     if saved:
         global_step, num_updates, saved_obs = saved["loop"]
         obs = saved_obs if runfiles.restore(saved, learner, buffer, envs, rng) else obs
-    files = RunFiles(args, resumed_at=global_step if saved else None)
+    files = RunFiles(args, saved)
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", mininterval=1.0)
     returns, metrics, stop_request = deque(maxlen=10), {}, StopRequest()
 

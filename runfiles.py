@@ -5,7 +5,6 @@ made yourself. To pass a policy on to others use model.pt.
 """
 
 import contextlib
-import csv
 import errno
 import fcntl
 import importlib.metadata
@@ -17,6 +16,7 @@ import re
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,6 +27,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from envs import UserError, one_line
+from fast import tune
 
 DISK = [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENOTDIR]
 COUNTS = "total_timesteps num_envs eval_episodes log_every buffer_size batch_size diffusion_steps"
@@ -61,7 +62,7 @@ def errors_in_one_line():
 
 
 def prepare(args) -> torch.device:
-    """Refuse impossible values, seed the libraries, and return the device."""
+    """Refuse impossible values, seed and tune the libraries, and return the device."""
     for names, (low, high) in RANGES.items():
         for name in names.split():
             if not low <= getattr(args, name) <= high:
@@ -80,7 +81,7 @@ def prepare(args) -> torch.device:
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
         torch.use_deterministic_algorithms(True)
-    torch.set_float32_matmul_precision("high" if args.tf32 and device.type == "cuda" else "highest")
+    tune(device, args.tf32)
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(args.seed)
     return device
@@ -109,11 +110,11 @@ class StopRequest:
 class RunFiles:
     """The folder of a run: event file, episodes.csv, evaluations.csv, checkpoint.npz, model.pt.
 
-    A new folder is made in args.run_dir, or args.resume is continued after `resumed_at` environment
-    steps: what was written after this step is dropped, since a resumed run writes it again.
+    A new folder is made in args.run_dir, or args.resume is continued from the checkpoint `saved`:
+    what was written after it is dropped, since a resumed run writes it again.
     """
 
-    def __init__(self, args, resumed_at: int | None = None):
+    def __init__(self, args, saved: dict | None = None):
         if args.track:
             try:
                 import wandb
@@ -137,18 +138,18 @@ class RunFiles:
                 )
             except Exception as error:  # no key, no network
                 raise UserError(f"--track: {one_line(error)}") from None
-        purge_step = None if resumed_at is None else resumed_at + 1
-        self.events = SummaryWriter(self.path, purge_step=purge_step)
-        if resumed_at is None:
+        self.time, self.step = time.perf_counter(), saved["loop"][0] if saved else 0
+        self.events = SummaryWriter(self.path, purge_step=self.step + 1 if saved else None)
+        sizes, self.last_evaluation = saved["files"] if saved else (None, -1)
+        for i, name in enumerate(("episodes.csv", "evaluations.csv")):
+            path = self.path / name
+            if saved and path.exists():
+                os.truncate(path, min(sizes[i], path.stat().st_size))
+            self.files.append(path.open("a", buffering=1))  # line by line
+        if not saved:
             table = "\n".join(f"|{name}|{value}|" for name, value in self.args.items())
             self.events.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
-        evaluations = rewind(self.path / "evaluations.csv", resumed_at)
-        self.last_evaluation = max((int(row[0]) for row in evaluations), default=-1)
-        rewind(self.path / "episodes.csv", resumed_at)
-        self.files.append((self.path / "episodes.csv").open("a", buffering=1))  # line by line
-        if self.files[1].tell() == 0:
             self.files[1].write("global_step,env,return,length\n")
-        self.time, self.step = time.perf_counter(), resumed_at or 0
 
     def log_scalars(self, global_step: int, values: dict) -> None:
         speed = (global_step - self.step) / (time.perf_counter() - self.time)
@@ -164,7 +165,7 @@ class RunFiles:
 
     def log_evaluation(self, global_step: int, args, episodes: list | None) -> None:
         if episodes:
-            mean = write_evaluation(self.path / "evaluations.csv", global_step, args, episodes)
+            mean = write_evaluation(self.files[2], global_step, args, episodes)
             self.events.add_scalar("eval/return_mean", mean, global_step)
             self.last_evaluation = global_step
 
@@ -178,7 +179,9 @@ class RunFiles:
         states = tree_map_only(torch.Tensor, torch.Tensor.cpu, states)
         model = dict(score_net=states[0], critic=states[1], args=self.args, global_step=loop[0])
         saved = dict(args=self.args, loop=loop, learner=states, versions=versions())
+        sizes = [os.fstat(file.fileno()).st_size for file in self.files[1:]]
         saved |= dict(size=buffer.size, position=buffer.position)
+        saved |= dict(files=(sizes, self.last_evaluation))
         saved |= dict(envs=envs.get_attr("snapshot") if envs else (None,))
         saved["random"] = [random.getstate(), np.random.get_state(), torch.get_rng_state()]
         saved["random"] += [envs and envs.action_space.np_random.bit_generator.state]
@@ -200,25 +203,12 @@ class RunFiles:
             file.close()
 
 
-def rewind(path: Path, resumed_at: int | None) -> list[list[str]]:
-    """Drop the rows of a CSV after this step, half-written ones too; returns the others."""
-    if resumed_at is None or not path.exists():
-        return []
-    header, *rows = list(csv.reader(path.open(newline=""))) or [[]]
-    rows = [row for row in rows if len(row) == len(header) and int(row[0]) <= resumed_at]
-    with whole_file(path) as file:
-        file.write("".join(",".join(row) + "\n" for row in [header, *rows]).encode())
-    return rows
-
-
-def write_evaluation(path: Path, global_step: int, args, episodes: list[tuple]) -> float:
+def write_evaluation(file, global_step: int, args, episodes: list[tuple]) -> float:
     """Append (return, length) of episodes to a CSV; print and return the mean return."""
-    with path.open("a", newline="") as file:
-        write = csv.writer(file, lineterminator="\n").writerow
-        if file.tell() == 0:
-            write(["global_step", "seed", "candidates", "episode", "return", "length"])
-        for i, episode in enumerate(episodes):
-            write([global_step, args.seed, args.candidates, i, *episode])
+    if file.tell() == 0:
+        file.write("global_step,seed,candidates,episode,return,length\n")
+    for i, (episode_return, length) in enumerate(episodes):
+        file.write(f"{global_step},{args.seed},{args.candidates},{i},{episode_return},{length}\n")
     returns = np.array([episode_return for episode_return, _ in episodes])
     summary = f"mean return {returns.mean():.2f}, standard deviation {returns.std():.2f}"
     protocol = f"{len(returns)} episodes, seed {args.seed}, best of {args.candidates}"
@@ -247,32 +237,37 @@ def versions() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def reading(path: Path):
+def reading(path: Path | str):
     try:
         yield path
     except Exception as error:  # a foreign or damaged file can fail in any way
         raise UserError(f"{path} is damaged, or not of this qsm.py: {one_line(error)}") from None
 
 
-def load_model(folder: Path) -> dict:
-    """model.pt on the CPU. Safe for files of others: only plain data is unpickled."""
-    with reading(folder / "model.pt") as path:
+def load_model(args) -> tuple:
+    """(arguments, model.pt on the CPU) of the run args.evaluate.
+
+    Safe for files of others: only plain data is unpickled.
+    """
+    with reading(args.evaluate / "model.pt") as path:
         model = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: model[name] for name in ("score_net", "critic", "args", "global_step")}
+        trained = type(args)(**model["args"])
+        return replace(trained, seed=args.seed, candidates=args.candidates), model
 
 
-def load_checkpoint(folder: Path) -> dict:
-    """What `restore` takes, on the CPU; raises UserError where it is not a whole checkpoint."""
-    with reading(folder / "checkpoint.npz") as path:
+def load_checkpoint(args) -> tuple:
+    """(arguments, what `restore` takes, on the CPU) of the run args.resume."""
+    with reading(args.resume / "checkpoint.npz") as path:
         arrays = dict(np.load(path))  # checks every checksum
         pickled = io.BytesIO(arrays.pop("saved"))
-        return torch.load(pickled, map_location="cpu", weights_only=False) | {"buffer": arrays}
+        saved = torch.load(pickled, map_location="cpu", weights_only=False) | {"buffer": arrays}
+        return replace(type(args)(**saved["args"]), resume=args.resume), saved
 
 
 def restore(saved: dict, learner, buffer, envs, rng: torch.Generator) -> bool:
     """Put back what `RunFiles.save` wrote; False if the simulators could not be saved."""
     print(f"resuming at step {saved['loop'][0]} with the run's arguments; other flags are ignored")
-    try:
+    with reading("the checkpoint"):
         for part, state in zip(learner, saved["learner"], strict=True):
             if isinstance(part, torch.optim.Optimizer):
                 lr = part.param_groups[0]["lr"]
@@ -299,5 +294,3 @@ def restore(saved: dict, learner, buffer, envs, rng: torch.Generator) -> bool:
         envs.action_space.np_random.bit_generator.state = action_space
         envs.set_attr("snapshot", list(saved["envs"]))
         return True
-    except (KeyError, ValueError, RuntimeError, TypeError) as error:
-        raise UserError(f"the checkpoint does not fit: {one_line(error)}") from None

@@ -29,8 +29,7 @@ HANGING = {  # observations
 
 
 def panel(axis, run: Path) -> None:
-    model = load_model(run)
-    args = Args(**model["args"])
+    args, model = load_model(Args(evaluate=run))
     obs = torch.tensor([HANGING[args.env_id]])
     learner = make_learner(args, obs.shape[1], 1, "cpu")
     learner.score_net.load_state_dict(model["score_net"])
