@@ -48,9 +48,9 @@ from runfiles import RunFiles, StopRequest, stop
 
 ScoreTarget = Literal["posterior", "released"]
 BetaSchedule = Literal["log-snr", "vp", "cosine", "linear"]
-PRESETS = {  # (alpha, T, schedule, normalize); why: "Why these constants" in results/README.md
-    "posterior": (10.0, 10, "log-snr", True),
-    "released": (50.0, 5, "vp", False),
+PRESETS = {  # alpha, T, schedule, normalize, critic_lr; why: results/README.md
+    "posterior": (10.0, 10, "log-snr", True, 1e-3),
+    "released": (50.0, 5, "vp", False, 3e-4),
 }
 
 
@@ -84,7 +84,6 @@ class Args:
     tau: float = 0.005  # step of the target critics towards the critics in each update
     actor_lr: float = 3e-4  # Adam learning rate of the score network
     actor_lr_decay: float = 2.0  # cosine decay to 0 over this many run lengths; 0: constant
-    critic_lr: float = 3e-4  # Adam learning rate of the critics
     hidden_dims: tuple[int, ...] = (512, 512)  # of score network and critics (paper: 256 256)
     action_noise: float = 0.1  # std of Gaussian noise on behaviour and target actions
     candidates: int = 1  # actions drawn to act; the one with the highest min-Q acts (paper: 1)
@@ -95,10 +94,11 @@ class Args:
     diffusion_steps: int | None = None  # denoising steps T; 10 or 5
     beta_schedule: BetaSchedule | None = None  # log-snr or vp
     normalize_q_grad: bool | None = None  # divide dQ/da by its running mean size; True or False
+    critic_lr: float | None = None  # Adam learning rate of the critics; 1e-3 or 3e-4
 
     def __post_init__(self):
-        names = "alpha", "diffusion_steps", "beta_schedule", "normalize_q_grad"
-        for name, value in zip(names, PRESETS[self.score_target]):
+        names = "alpha", "diffusion_steps", "beta_schedule", "normalize_q_grad", "critic_lr"
+        for name, value in zip(names, PRESETS[self.score_target], strict=True):
             if getattr(self, name) is None:
                 setattr(self, name, value)
 

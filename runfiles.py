@@ -261,6 +261,7 @@ def load_checkpoint(args) -> tuple:
         arrays = dict(np.load(path))  # checks every checksum
         pickled = io.BytesIO(arrays.pop("saved"))
         saved = torch.load(pickled, map_location="cpu", weights_only=False) | {"buffer": arrays}
+        assert "files" in saved, "of an older revision"
         return replace(type(args)(**saved["args"]), resume=args.resume), saved
 
 
