@@ -24,7 +24,7 @@ class ReplayBuffer:
 
     Raises:
         MemoryError: it will not fit. The system hands out memory page by page as the buffer fills:
-            without this check a run would end after hours.
+            without this check a run would be killed after hours.
     """
 
     def __init__(self, capacity: int, obs_dim: int, act_dim: int, device="cpu"):

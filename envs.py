@@ -65,9 +65,11 @@ def make_env(env_id: str, video: Path | None = None) -> gym.Env:
     Raises:
         UserError: unknown id, missing package, or spaces that are not continuous and bounded.
     """
-    if multiprocessing.parent_process():  # a worker: a terminal's or scheduler's signal reaches it
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # too, but the main process still needs it to
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))  # end the step and to save
+    # A terminal's or a scheduler's signal reaches workers too. The main process still needs them to
+    # end its step and to save.
+    if multiprocessing.parent_process():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
     if video:
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
     try:

@@ -1,6 +1,6 @@
-"""Speed only: compilation, CUDA graphs. Nothing here is specific to QSM.
+"""Speed only: matrix products, compilation, CUDA graphs. The algorithm is not here.
 
-Without `accelerate` everything is the same up to rounding, only slower.
+Without this file everything is the same up to rounding, only slower.
 """
 
 import copy

@@ -67,12 +67,12 @@ class Args:
     track: bool = False  # mirror the event file to Weights & Biases (WANDB_PROJECT, WANDB_ENTITY)
     total_timesteps: int = 1_000_000  # environment steps, counted over all environments
     num_envs: int = 1  # environments stepped together
-    async_envs: bool | None = None  # a worker process for each; None: if there is a core for each
+    async_envs: bool | None = None  # a worker process for each; None: if there are cores enough
     eval_every: int = 10_000  # environment steps between evaluations, the first at step 0; 0: never
     eval_episodes: int = 10  # episodes of an evaluation, one in each of as many environments
     log_every: int = 1_000  # environment steps between scalars in the event file
     checkpoint_every: int = 100_000  # environment steps between checkpoints; one is made at the end
-    resume: Path | None = None  # folder of a run: continue it bit for bit, with its own arguments
+    resume: Path | None = None  # folder of a run: continue it, with its own arguments
     evaluate: Path | None = None  # folder of a run: evaluate its policy, log the returns, and exit
     capture_video: bool = False  # with --evaluate: the first episode as mp4 (pip install moviepy)
 
@@ -83,7 +83,7 @@ class Args:
     gamma: float = 0.99  # discount
     tau: float = 0.005  # step of the target critics towards the critics in each update
     actor_lr: float = 3e-4  # Adam learning rate of the score network
-    actor_lr_decay: float = 2.0  # cosine decay to 0 over this many run lengths; 0: constant
+    actor_lr_decay: float = 2.0  # cosine decay to 0 at this many times total_timesteps; 0: constant
     hidden_dims: tuple[int, ...] = (512, 512)  # of score network and critics (paper: 256 256)
     action_noise: float = 0.1  # std of Gaussian noise on behaviour and target actions
     candidates: int = 1  # actions drawn to act; the one with the highest min-Q acts (paper: 1)
@@ -152,20 +152,21 @@ def sample_actions(score_net, obs: Tensor, noise: Tensor, schedule: Schedule, ar
     abar_before = torch.cat([torch.ones_like(abar[:1]), abar[:-1]])  # (T,) of step t - 1
     clean_scale = abar_before.sqrt() * betas / variance
     noisy_scale = alphas.sqrt() * (1 - abar_before) / variance
+    # beta_t, as released: with few steps DDPM's other variance makes the samples too narrow.
     eps_scale, rescale, noise_scale = betas * variance.rsqrt(), alphas.rsqrt(), betas.sqrt()
     time_features = score_net.time_features()  # (T, H)
     obs_features = score_net.obs_features(obs)  # (B, H)
     a_t = noise[0]  # (B, A), not clamped
     for t in reversed(range(T)):
         prediction = score_net.denoise(obs_features + time_features[t], a_t)  # at (obs, a_t, t)
-        step_noise = noise_scale[t] * noise[T - t] if t > 0 else 0  # the last step adds none
+        step_noise = noise_scale[t] * noise[T - t] if t > 0 else 0  # action noise comes below
         if args.score_target == "posterior":
             # The clean action; to the mean of a_{t-1} given it and a_t.
             a_t = clean_scale[t] * prediction.clamp(-1, 1) + noisy_scale[t] * a_t + step_noise
         else:
             # Eps; clamped to the box after every step (DIF:85-94).
             a_t = (rescale[t] * (a_t - eps_scale[t] * prediction) + step_noise).clamp(-1, 1)
-    return (a_t + args.action_noise * noise[T]).clamp(-1, 1)  # SML:193-195 and 299-301
+    return (a_t + args.action_noise * noise[-1]).clamp(-1, 1)  # SML:193-195 and 299-301
 
 
 class Noise(NamedTuple):
@@ -186,7 +187,8 @@ def draw_noise(T: int, batch_size: int, act_dim: int, generator: torch.Generator
 def q_gradient(critic: Critic, obs: Tensor, actions: Tensor) -> Tensor:
     """dQ/da averaged over the two critics, (B, O) and (B, A) -> (B, A), no gradient to the critics.
 
-    The TD target takes the minimum, this the mean (SML:271) of the online critics (SML:263-269).
+    The TD target takes the minimum of the target critics, this the mean (SML:271) of the online
+    critics, which line 5 has just moved (SML:263-269).
     """
     with torch.no_grad():  # torch.func.grad still differentiates inside; its result is a constant
         return torch.func.grad(lambda a: critic(obs, a).mean(0).sum())(actions)
@@ -213,7 +215,7 @@ class Learner(NamedTuple):
     critic_target: Critic
     actor_optimizer: torch.optim.Adam
     critic_optimizer: torch.optim.Adam
-    q_scale: Tensor  # (2,), exponential averages of mean |dQ/da| and of 1; their ratio is the mean
+    q_scale: Tensor  # (2,), exponential averages from 0 of mean |dQ/da| and of 1, to be divided
     skipped: Tensor  # (), number of optimizer steps left out because their loss was not finite
 
 
@@ -267,13 +269,13 @@ def update(learner: Learner, batch: Batch, noise: Noise, schedule: Schedule, arg
     abar = schedule.alphas_cumprod[noise.t, None]  # (B, 1)
     noisy_actions = abar.sqrt() * batch.actions + (1 - abar).sqrt() * noise.actions  # (B, A)
     prediction = score_net(batch.obs, noisy_actions, noise.t)  # (B, A), clean action; released: eps
-    at = prediction.detach().clamp(-1, 1) if posterior else noisy_actions
-    q_grad = q_gradient(critic, batch.obs, at)  # (B, A)
+    point = prediction.detach().clamp(-1, 1) if posterior else noisy_actions  # (B, A)
+    q_grad = q_gradient(critic, batch.obs, point)  # (B, A)
     q_grad_abs = q_grad.abs().mean()
     new_q_scale = q_scale.lerp(torch.stack([q_grad_abs, torch.ones_like(q_grad_abs)]), 0.001)
     if args.normalize_q_grad:
         q_grad = q_grad / (new_q_scale[0] / new_q_scale[1]).clamp_min(1e-12)
-    # Eps is minus sigma_t times the score, hence the sign (SML:279; its README has the other one).
+    # Eps is minus sigma_t times the score, hence the sign (SML:279; its README has a plus).
     drift = args.alpha * q_grad
     target = posterior_mean(drift, noisy_actions, abar, schedule) if posterior else -drift  # (B, A)
     actor_loss = (prediction - target).square().mean()
@@ -319,8 +321,8 @@ def act(learner: Learner, obs: Tensor, noise: Tensor, schedule: Schedule, args: 
 def evaluate(learner: Learner, envs, schedule: Schedule, args: Args, stopped=lambda: False):
     """(return, length) of an episode in each environment, without action noise (SML:306-320).
 
-    Environments and random numbers are its own and start from seed + 1,000,000: training is the
-    same with and without evaluation. Returns None when `stopped()` breaks it off.
+    It has its own environments and generator, from seed + 1,000,000: training is the same with and
+    without evaluation. Returns None when `stopped()` breaks it off.
     """
     device, seed, N = schedule.betas.device, args.seed + 1_000_000, envs.num_envs
     shape = len(schedule.betas) + 1, args.candidates * N, *envs.single_action_space.shape
@@ -385,7 +387,7 @@ def train(args: Args) -> Path:
 
     try:
         while True:
-            # Evaluate at step 0, after the steps below, or where a signal broke it off.
+            # Evaluate: at step 0, after the steps below, again where a signal broke it off.
             due = args.eval_every and global_step % args.eval_every < args.num_envs
             if due and files.last_evaluation < global_step:
                 try:
@@ -409,7 +411,7 @@ def train(args: Args) -> Path:
             if not np.isfinite(actions_cpu).all():
                 raise UserError("the actions are not finite: try a lower --actor-lr or --alpha")
 
-            # Update floor(utd * steps since learning_starts) times in all. Batches lack the step
+            # Until floor(utd * steps since learning_starts) updates are made. Batches lack the step
             # below: a GPU updates while the environments step.
             while num_updates < math.floor((global_step - args.learning_starts) * args.utd + 1e-9):
                 learner.actor_optimizer.param_groups[0]["lr"].fill_(actor_lr_at(num_updates, args))
@@ -419,15 +421,14 @@ def train(args: Args) -> Path:
                 num_updates += 1
 
             # Step and store.
-            result = step(envs, actions_cpu)
-            new = (torch.from_numpy(x).to(device) for x in result[:3])  # rewards to terminations
+            rewards, next_obs, terminations, obs, episodes = step(envs, actions_cpu)
+            new = (torch.from_numpy(x).to(device) for x in (rewards, next_obs, terminations))
             buffer.add(Batch(obs_tensor, actions, *new))
-            obs = result.obs
             global_step += args.num_envs
             progress.update(args.num_envs)
 
             # Log and save.
-            for episode in result.episodes:
+            for episode in episodes:
                 files.log_episode(global_step, *episode)
                 returns.append(episode[1])
                 progress.set_postfix_str(f"return {np.mean(returns):.1f}", refresh=False)

@@ -1,4 +1,4 @@
-"""What surrounds a run: checks, logs, exact resume. Apart from qsm.py: none of it is the algorithm.
+"""What surrounds a run: checks, logs, exact resume. Kept out of qsm.py: it is not the algorithm.
 
 checkpoint.npz holds a Python pickle, which can run code when it is read: resume only runs that you
 made yourself. To pass a policy on to others use model.pt.
