@@ -3,6 +3,7 @@
 Beside the standard library only gymnasium and numpy are imported: the file can be copied alone.
 """
 
+import contextlib
 import multiprocessing
 import os
 import pickle
@@ -41,10 +42,14 @@ class Snapshot(gym.Wrapper):
 
     @property
     def snapshot(self) -> bytes | None:
-        shared = "env func model mujoco_renderer spec action_space observation_space _saved_kwargs"
+        names = "env func mujoco_renderer spec action_space observation_space _saved_kwargs"
+
+        def shared(name: str, value) -> bool:  # MuJoCo's model is megabytes of constants
+            return name in names.split() or type(value).__name__ == "MjModel"
+
         try:
             layers = [vars(layer).items() for layer in self.layers()]
-            return pickle.dumps([{k: v for k, v in x if k not in shared.split()} for x in layers])
+            return pickle.dumps([{k: v for k, v in x if not shared(k, v)} for x in layers])
         except Exception:  # each simulator fails in its own way
             return None
 
@@ -91,8 +96,9 @@ def make_env(env_id: str, video: Path | None = None) -> gym.Env:
         raise UserError(f"cannot make {env_id}: {one_line(error)}{hint}") from None
 
     actions = env.action_space
-    if not (isinstance(actions, gym.spaces.Box) and actions.is_bounded()):
-        raise UserError(f"QSM needs continuous bounded actions (Box); {env_id} has {actions}")
+    box = isinstance(actions, gym.spaces.Box) and actions.is_bounded() and len(actions.shape) == 1
+    if not box:
+        raise UserError(f"QSM needs a vector of bounded actions (1-D Box); {env_id} has {actions}")
     if len(env.observation_space.shape or ()) != 1:  # images, dicts
         env = gym.wrappers.FlattenObservation(env)
     if not isinstance(env.observation_space, gym.spaces.Box):
@@ -155,11 +161,12 @@ def step(envs: VectorEnv, actions: np.ndarray) -> Step:
 
 
 def close(envs: VectorEnv) -> None:
-    """Close the environments, also when a worker is dead."""
-    try:
-        envs.close()
-    except Exception:  # Gymnasium waits for the dead one
-        for process in getattr(envs, "processes", ()):
-            process.kill()
-            process.join()
-        envs.closed = True
+    """Close the environments, also when a worker is dead: Gymnasium would wait for it for ever."""
+    processes = getattr(envs, "processes", ())
+    if all(process.is_alive() for process in processes):
+        with contextlib.suppress(Exception):  # an environment that is broken
+            envs.close()
+    for process in processes:
+        process.kill()
+        process.join()
+    envs.closed = True

@@ -137,8 +137,11 @@ def compiled(function, on_cpu: bool):
         tensors = [x.detach() for x in everything]  # the backward pass is within the graph
         graph = make_fx(on_tensors, DECOMPOSITIONS, tracing_mode="fake")(*tensors)
         options = {"cpp_wrapper": True, "pattern_matcher": False} if on_cpu else {}
-        with torch.no_grad():
-            graph = torch._inductor.compile(graph, tensors, options)
+        try:
+            with torch.no_grad():
+                graph = torch._inductor.compile(graph, tensors, options)
+        except RuntimeError as error:  # a compiler that does not work, or was killed by a Ctrl-C
+            print(f"not compiled: {one_line(error)}")
         return graph, tensors[: len(held)], form[0], learner
 
     def compiled_function(learner, data, noise, schedule, args):
@@ -187,6 +190,7 @@ def captured(function):
                 return tree_leaves(static), outputs
             problem = f"its result differs by {largest:.1e}"
         except RuntimeError as error:
+            torch.cuda.synchronize()
             results(())
             problem = one_line(error)
         print(f"not captured as a CUDA graph: {problem}")

@@ -377,13 +377,20 @@ def train(args: Args) -> Path:
     schedule = make_schedule(args.beta_schedule, T, device)
     act_fast, update_fast = accelerate(act, args, device), accelerate(update, args, device)
     rng = torch.Generator(device).manual_seed(args.seed)
-    global_step = num_updates = 0
+    global_step, num_updates, metrics = 0, 0, {}
     if saved:
-        global_step, num_updates, saved_obs = saved["loop"]
-        obs = saved_obs if runfiles.restore(saved, learner, buffer, envs, rng) else obs
+        global_step, num_updates, saved_obs, metrics = saved["loop"]
+        if runfiles.restore(saved, learner, buffer, envs, rng):
+            obs = saved_obs
+        else:  # not the first episodes again
+            obs, _ = envs.reset(seed=args.seed + global_step)
+            envs.action_space.seed(args.seed + global_step)
     files = RunFiles(args, saved)
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", mininterval=1.0)
-    returns, metrics, stop_request = deque(maxlen=10), {}, StopRequest()
+    returns, stop_request = deque(maxlen=10), StopRequest()
+
+    def save(envs) -> bool:
+        return files.save((global_step, num_updates, obs, metrics), learner, buffer, envs, rng)
 
     try:
         while True:
@@ -401,7 +408,8 @@ def train(args: Args) -> Path:
             # Act (Algorithm 1 line 2): uniformly at random at first, then with the policy.
             obs_tensor = torch.as_tensor(obs, dtype=torch.float32, device=device)  # (N, O)
             if global_step < args.learning_starts:
-                actions = torch.as_tensor(envs.action_space.sample(), device=device)  # (N, A)
+                actions = envs.action_space.sample()  # (N, A), of dm_control in float64
+                actions = torch.as_tensor(actions, dtype=torch.float32, device=device)
             else:
                 shape = T + 1, args.candidates * args.num_envs, act_dim
                 noise = torch.randn(shape, device=device, generator=rng)
@@ -439,10 +447,11 @@ def train(args: Args) -> Path:
                     raise UserError("a loss is not finite: try a lower --critic-lr or --actor-lr")
             due = args.checkpoint_every and global_step % args.checkpoint_every < args.num_envs
             if due and global_step < args.total_timesteps:
-                files.save((global_step, num_updates, obs), learner, buffer, envs, rng)
-        files.save((global_step, num_updates, obs), learner, buffer, envs, rng)
+                save(envs)
+        if not save(envs):
+            stop(f"step {global_step} could not be saved")
     except UserError as error:  # the environments may be what is broken
-        files.save((global_step, num_updates, obs), learner, buffer, None, rng)
+        save(None)
         raise UserError(f"{error}. To go on with new episodes: --resume {files.path}") from error
     finally:
         for closable in (stop_request, progress, files):

@@ -57,6 +57,10 @@ def errors_in_one_line():
         if error.errno not in DISK:
             raise
         stop(f"{error.filename or 'the folder of the run'}: {error.strerror}")
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # torch's, on a CPU
+            raise
+        stop(one_line(error))
     except KeyboardInterrupt:  # outside the loop of a training run, which ends its step first
         stop("stopped", 128 + signal.SIGINT)
 
@@ -126,11 +130,7 @@ class RunFiles:
         self.path.mkdir(parents=True, exist_ok=bool(args.resume))
         plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
         self.args = plain | {"resume": None}
-        self.files = [(self.path / "lock").open("w")]
-        try:
-            fcntl.flock(self.files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
-        except BlockingIOError:
-            raise UserError(f"{self.path} is in use by another process") from None
+        self.files = [saved["lock"] if saved else locked(self.path)]
         if args.track:  # a resumed run goes on under its id
             try:
                 wandb.init(
@@ -146,10 +146,11 @@ class RunFiles:
             if saved and path.exists():
                 os.truncate(path, min(sizes[i], path.stat().st_size))
             self.files.append(path.open("a", buffering=1))  # line by line
+        if self.files[1].tell() == 0:
+            self.files[1].write("global_step,env,return,length\n")
         if not saved:
             table = "\n".join(f"|{name}|{value}|" for name, value in self.args.items())
             self.events.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
-            self.files[1].write("global_step,env,return,length\n")
 
     def log_scalars(self, global_step: int, values: dict) -> None:
         speed = (global_step - self.step) / (time.perf_counter() - self.time)
@@ -169,20 +170,26 @@ class RunFiles:
             self.events.add_scalar("eval/return_mean", mean, global_step)
             self.last_evaluation = global_step
 
-    def save(self, loop: tuple, learner, buffer, envs, rng: torch.Generator) -> None:
+    def save(self, loop: tuple, learner, buffer, envs, rng: torch.Generator) -> bool:
         """Write checkpoint.npz and model.pt. Where that fails, say so; the older files stay.
 
-        Without `envs` a resumed run starts with new episodes.
+        Without `envs`, or if one is dead, a resumed run starts with new episodes.
         """
         self.events.flush()  # else a killed run lacks events from before its checkpoint
+        for file in self.files[1:]:
+            os.fsync(file.fileno())  # nor may the machine lose rows from before it
         states = [x if isinstance(x, torch.Tensor) else x.state_dict() for x in learner]
         states = tree_map_only(torch.Tensor, torch.Tensor.cpu, states)
         model = dict(score_net=states[0], critic=states[1], args=self.args, global_step=loop[0])
+        loop = tree_map_only(torch.Tensor, torch.Tensor.cpu, loop)
         saved = dict(args=self.args, loop=loop, learner=states, versions=versions())
         sizes = [os.fstat(file.fileno()).st_size for file in self.files[1:]]
         saved |= dict(size=buffer.size, position=buffer.position)
         saved |= dict(files=(sizes, self.last_evaluation))
-        saved |= dict(envs=envs.get_attr("snapshot") if envs else (None,))
+        try:
+            saved["envs"] = envs.get_attr("snapshot") if envs else (None,)
+        except Exception:  # a worker was killed
+            saved["envs"] = (None,)
         saved["random"] = [random.getstate(), np.random.get_state(), torch.get_rng_state()]
         saved["random"] += [envs and envs.action_space.np_random.bit_generator.state]
         saved["rng"] = rng.device.type, rng.get_state()
@@ -195,8 +202,10 @@ class RunFiles:
                 np.savez(file, saved=np.frombuffer(pickled.getvalue(), np.uint8), **rows)
             with whole_file(self.path / "model.pt") as file:
                 torch.save(model, file)
+            return True
         except (OSError, UserError) as error:
             tqdm.write(f"nothing saved at step {loop[0]}: {error}")
+            return False
 
     def close(self) -> None:
         for file in (self.events, *self.files):
@@ -236,10 +245,22 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {x: importlib.metadata.version(x) for x in names}
 
 
+def locked(folder: Path):
+    """A file that locks this folder until it is closed or the process ends."""
+    file = (folder / "lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
+    except BlockingIOError:
+        raise UserError(f"{folder} is in use by another process") from None
+
+
 @contextlib.contextmanager
 def reading(path: Path | str):
     try:
         yield path
+    except (UserError, MemoryError):
+        raise
     except Exception as error:  # a foreign or damaged file can fail in any way
         raise UserError(f"{path} is damaged, or not of this qsm.py: {one_line(error)}") from None
 
@@ -256,11 +277,12 @@ def load_model(args) -> tuple:
 
 
 def load_checkpoint(args) -> tuple:
-    """(arguments, what `restore` takes, on the CPU) of the run args.resume."""
+    """(arguments, what `restore` takes, on the CPU) of the run args.resume, which it locks."""
     with reading(args.resume / "checkpoint.npz") as path:
-        arrays = dict(np.load(path))  # checks every checksum
+        lock, arrays = locked(args.resume), dict(np.load(path))  # checks every checksum
         pickled = io.BytesIO(arrays.pop("saved"))
-        saved = torch.load(pickled, map_location="cpu", weights_only=False) | {"buffer": arrays}
+        saved = torch.load(pickled, map_location="cpu", weights_only=False)
+        saved |= {"buffer": arrays, "lock": lock}
         assert "files" in saved, "of an older revision"
         return replace(type(args)(**saved["args"]), resume=args.resume), saved
 
@@ -271,9 +293,10 @@ def restore(saved: dict, learner, buffer, envs, rng: torch.Generator) -> bool:
     with reading("the checkpoint"):
         for part, state in zip(learner, saved["learner"], strict=True):
             if isinstance(part, torch.optim.Optimizer):
-                lr = part.param_groups[0]["lr"]
+                group = part.param_groups[0]
+                own = {name: group[name] for name in ("lr", "capturable")}  # this device's
                 part.load_state_dict(state)
-                part.param_groups[0]["lr"] = lr  # torch put a copy there
+                part.param_groups[0].update(own)
             else:
                 part.copy_(state) if isinstance(part, torch.Tensor) else part.load_state_dict(state)
         buffer.size, buffer.position = saved["size"], saved["position"]

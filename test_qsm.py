@@ -11,11 +11,12 @@ Each fault below is a test; "saved" means that the run can be resumed from the s
 | the same in an evaluation | named; training goes on | - |
 | SIGKILL at random moments | the resumed run is the uninterrupted one, bit for bit | - |
 | SIGTERM, Ctrl-C | ends its step, breaks off an evaluation, saves | 143, 130 |
-| full disk while saving; while logging | training goes on; stops; older files stay | -; 1 |
+| full disk while saving; at the end; while logging | goes on; older files stay | -; 1; 1 |
 | run folder in use or not writable | one line, nothing touched | 1 |
 | checkpoint truncated, one bit flipped, empty, foreign, missing, of other sizes | untouched | 1 |
 | model that names code to import | refused | 1 |
-| replay buffer larger than the memory, GPU out of memory | one line | 1 |
+| replay buffer or networks larger than the memory | one line | 1 |
+| a compiler that does not work | one line; goes on without | - |
 | unknown or discrete environment, impossible flag, no such device, package missing | one line | 1 |
 """
 
@@ -702,14 +703,19 @@ def test_compiled_mish_is_mish():
     torch.testing.assert_close(grad, 2 * exact_grad, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("inductor", [False, pytest.param(True, marks=needs_compiler)])
-def test_compiled_updates_and_actions_agree_with_eager(inductor, monkeypatch):
+def no_compiler(graph, inputs, options):
+    raise RuntimeError("Python.h: no such file")
+
+
+@pytest.mark.parametrize("compiler", ["none", "broken", pytest.param("", marks=needs_compiler)])
+def test_compiled_updates_and_actions_agree_with_eager(compiler, monkeypatch, capsys):
     """With NaN in one batch; as traced, also two learners in turns and two batch sizes."""
     args = Args(hidden_dims=(16, 16), diffusion_steps=3, compile=True)
     schedule, turns = make_schedule("cosine", 3), [(0, 16)] * 3
-    if not inductor:
+    if compiler:
         turns = [(0, 16), (1, 16), (0, 16), (0, 8), (1, 16), (0, 8)]
-        monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs, options: graph)
+        compile_with = no_compiler if compiler == "broken" else lambda graph, *_: graph
+        monkeypatch.setattr(torch._inductor, "compile", compile_with)
     results = []
     for make in (fast.accelerate, lambda function, args, device: function):
         torch.manual_seed(0)
@@ -725,6 +731,9 @@ def test_compiled_updates_and_actions_agree_with_eager(inductor, monkeypatch):
         actions = act_once(learners[0], batch.obs, noise.next_actions, schedule, args)
         everything = everything_in(learners[0]) + everything_in(learners[1])
         results.append([*everything, actions, *metrics.values()])
+    assert ("not compiled: RuntimeError: Python.h" in capsys.readouterr().out) == (
+        compiler == "broken"
+    )
     for x, y in zip(*results, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
@@ -815,7 +824,7 @@ class Counter(gym.Env):
     """
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
-    action_space = gym.spaces.Box(-0.4, 0.4, (1,), np.float32)
+    action_space = gym.spaces.Box(-0.4, 0.4, (1,), np.float64)  # as in dm_control
     metadata = {"render_modes": ["rgb_array"], "render_fps": 30}  # noqa: RUF012
     episode, reward, factor, fault = None, 0.0, 1.0, staticmethod(lambda env: None)
 
@@ -842,7 +851,12 @@ class Counter(gym.Env):
         return np.zeros((16, 16, 3), np.uint8)
 
 
+class Square(Counter):
+    action_space = gym.spaces.Box(-1, 1, (2, 2))
+
+
 gym.register("Counter-v0", Counter)
+gym.register("Square-v0", Square)
 QUICK = dict(
     env_id="Counter-v0", hidden_dims=(8,), batch_size=4, buffer_size=1000, learning_starts=20,
     total_timesteps=60, eval_every=0, log_every=20, device="cpu", compile=False
@@ -1111,12 +1125,13 @@ def test_checkpoint_of_another_device_and_version_is_resumed_and_told(
 
 
 def test_resume_without_simulators_starts_new_episodes(buffers, monkeypatch, resumed):
-    """One that cannot be pickled: another run, but none of its transitions is wrong."""
+    """One that cannot be pickled: another run, but no transition is wrong or there twice."""
     monkeypatch.setattr(
         Counter, "fault", staticmethod(lambda env: setattr(env, "handle", lambda: None))
     )
     resumed({"checkpoint_every": 31})
     check_transitions(buffers[-1], 60)
+    assert len(buffers[-1].storage.obs[:60].unique(dim=0)) == 60
 
 
 def train_in_a_process(run: Path) -> None:
@@ -1305,17 +1320,21 @@ def test_full_disk_keeps_the_older_checkpoint_and_trains_on(monkeypatch, tmp_pat
     limits, save = resource.getrlimit(resource.RLIMIT_FSIZE), runfiles.RunFiles.save
 
     def save_and_limit(self, *args):
-        save(self, *args)
+        saved = save(self, *args)
         most = (self.path / "checkpoint.npz").stat().st_size + 500
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+        return saved
 
     monkeypatch.setattr(runfiles.RunFiles, "save", save_and_limit)
     try:
         changes = {"env_id": "Ant-v4", "checkpoint_every": 20}
-        run = qsm.main(Args(**QUICK | changes, run_dir=tmp_path))
+        with pytest.raises(SystemExit, match="1"):
+            qsm.main(Args(**QUICK | changes, run_dir=tmp_path))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert re.search("nothing saved at step 60: .*too large", capsys.readouterr().out)
+    run, printed = run_of(tmp_path), capsys.readouterr()
+    assert re.search("nothing saved at step 40: .*too large", printed.out)
+    assert "step 60 could not be saved" in printed.err
     assert saved_step(run) == 20
     assert not list(run.glob("*.tmp"))
 
@@ -1466,10 +1485,19 @@ def test_impossible_values_are_refused(name, value, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("env_id", "message"),
-    [("CartPole-v1", "continuous"), ("NoSuchEnv-v0", "NoSuchEnv"), ("Pusher-v4", "mujoco")],
+    [
+        ("CartPole-v1", "1-D Box"),
+        ("Square-v0", "1-D Box"),
+        ("NoSuchEnv-v0", "NoSuchEnv"),
+        ("Pusher-v4", "mujoco"),
+    ],
 )
 def test_impossible_environments_get_one_line(env_id, message, capsys):
     fails(capsys, Args(**QUICK | {"env_id": env_id}), message)
+
+
+def test_networks_larger_than_the_memory_get_one_line(capsys):
+    fails(capsys, Args(**QUICK | {"hidden_dims": (10**7, 10**7)}), "can't allocate memory")
 
 
 def test_every_argument_is_read():

@@ -37,9 +37,10 @@ def collect(run: Path, destination: Path, label: str | None = None) -> Path:
         writer.writerow(["global_step", *columns])
         for step in columns["charts/SPS"]:
             writer.writerow([step, *(column.get(step, "") for column in columns.values())])
-    with (folder / "args.csv").open("w", newline="") as file:  # last: the run is whole
+    with (folder / "args.tmp").open("w", newline="") as file:
         rows = (item for item in args.items() if item[0] != "run_dir")
         csv.writer(file, lineterminator="\n").writerows(rows)
+    (folder / "args.tmp").replace(folder / "args.csv")  # last, and at once: the run is whole
     return folder
 
 

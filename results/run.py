@@ -96,12 +96,13 @@ def make(run: Run, threads: int = 1) -> str:
         else:
             command += ["--out", str(run.work)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        options = {"cwd": HERE.parent, "env": environment, "pass_fds": [lock.fileno()]}
-        with (run.work / "log.txt").open(
-            "a"
-        ) as log:  # the child holds the lock as long as it lives
+        options = {"cwd": HERE.parent, "env": environment, "start_new_session": True}
+        options["pass_fds"] = [lock.fileno()]  # the child holds the lock as long as it lives
+        with (run.work / "log.txt").open("a") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log, **options)
             processes.add(process)
+            if stopping:  # while it was started
+                process.send_signal(signal.SIGTERM)
             code = process.wait()
             processes.discard(process)
         if code != 0:
@@ -119,7 +120,8 @@ def collect(run: Run) -> None:
         source = next(path.parent for path in run.work.glob("*/args.csv"))
         run.data.mkdir(parents=True, exist_ok=True)
         for name in ("episodes.csv", "evaluations.csv", "args.csv"):
-            shutil.copy(source / name, run.data / name)
+            shutil.copy(source / name, run.data / "copy.tmp")
+            (run.data / "copy.tmp").replace(run.data / name)
 
 
 def progress(run: Run) -> tuple[int, str]:
