@@ -176,8 +176,6 @@ class RunFiles:
         Without `envs`, or if one is dead, a resumed run starts with new episodes.
         """
         self.events.flush()  # else a killed run lacks events from before its checkpoint
-        for file in self.files[1:]:
-            os.fsync(file.fileno())  # nor may the machine lose rows from before it
         states = [x if isinstance(x, torch.Tensor) else x.state_dict() for x in learner]
         states = tree_map_only(torch.Tensor, torch.Tensor.cpu, states)
         model = dict(score_net=states[0], critic=states[1], args=self.args, global_step=loop[0])
@@ -197,6 +195,8 @@ class RunFiles:
         try:
             if not all(p.isfinite().all() for net in learner[:3] for p in net.parameters()):
                 raise UserError("the networks have non-finite weights")
+            for file in self.files[1:]:
+                os.fsync(file.fileno())  # no row from before a checkpoint may be lost
             torch.save(saved, pickled := io.BytesIO())
             with whole_file(self.path / "checkpoint.npz") as file:
                 np.savez(file, saved=np.frombuffer(pickled.getvalue(), np.uint8), **rows)
