@@ -46,7 +46,7 @@ def panel(axis, run: Path) -> None:
     print(f"{run}: {shares[0]:.2f} of the actions below -0.5, {shares[1]:.2f} above 0.5")
     axis.hist(actions.numpy(), bins=40, range=(-1, 1), color="tab:blue", alpha=0.7)
     name = args.env_id.split("/")[-1].split(":")[-1].removesuffix("-v0")
-    title = f"{name}\n{args.score_target}, alpha {args.alpha:.0f}\nseed {args.seed}"
+    title = f"{name}\n{args.score_target}, alpha {args.alpha:.0f}\nseed {model['args']['seed']}"
     axis.set(title=title, xlabel="action", yticks=[])
     values = axis.twinx()
     values.plot(grid[:, 0], q, color="tab:orange")
