@@ -10,7 +10,6 @@ import pickle
 import signal
 import warnings
 from pathlib import Path
-from typing import NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -42,14 +41,12 @@ class Snapshot(gym.Wrapper):
 
     @property
     def snapshot(self) -> bytes | None:
-        names = "env func mujoco_renderer spec action_space observation_space _saved_kwargs"
-
-        def shared(name: str, value) -> bool:  # MuJoCo's model is megabytes of constants
-            return name in names.split() or type(value).__name__ == "MjModel"
-
+        shared = ["env", "func", "spec", "action_space", "observation_space", "_saved_kwargs"]
+        if hasattr(self.unwrapped, "mujoco_renderer"):
+            shared += ["mujoco_renderer", "model"]  # megabytes of constants
         try:
             layers = [vars(layer).items() for layer in self.layers()]
-            return pickle.dumps([{k: v for k, v in x if not shared(k, v)} for x in layers])
+            return pickle.dumps([{k: v for k, v in x if k not in shared} for x in layers])
         except Exception:  # each simulator fails in its own way
             return None
 
@@ -128,18 +125,13 @@ def make_envs(
     return kind(makers, autoreset_mode=AutoresetMode.SAME_STEP)
 
 
-class Step(NamedTuple):
-    """One step of N environments, in float32."""
-
-    rewards: np.ndarray  # (N,)
-    next_obs: np.ndarray  # (N, O), what the step led to: the final observation of an ended episode
-    terminations: np.ndarray  # (N,), 0 or 1, and 0 for a time limit
-    obs: np.ndarray  # (N, O), what to act on next: the first observation of the next episode
-    episodes: list[tuple[int, float, int]]  # environment, return and length of each that ended
-
-
-def step(envs: VectorEnv, actions: np.ndarray) -> Step:
+def step(envs: VectorEnv, actions: np.ndarray) -> tuple:
     """Step all environments with actions (N, A).
+
+    Returns in float32: rewards (N,); next_obs (N, O), what the step led to, the final observation
+    of an ended episode; terminations (N,), 0 or 1, and 0 for a time limit; obs (N, O), what to act
+    on next, the first observation of the next episode. And (environment, return, length) of each
+    episode that ended.
 
     Raises:
         UserError: an environment failed or its worker died, or a value is not finite in float32.
@@ -157,7 +149,7 @@ def step(envs: VectorEnv, actions: np.ndarray) -> Step:
     finite = np.isfinite(np.column_stack(arrays)).all(1)  # (N,)
     if not finite.all():
         raise UserError(f"environment {finite.argmin()} diverged: a value is not finite")
-    return Step(*arrays, episodes)
+    return *arrays, episodes
 
 
 def close(envs: VectorEnv) -> None:

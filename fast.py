@@ -142,14 +142,14 @@ def compiled(function, on_cpu: bool):
                 graph = torch._inductor.compile(graph, tensors, options)
         except RuntimeError as error:  # a compiler that does not work, or was killed by a Ctrl-C
             print(f"not compiled: {one_line(error)}")
-        return graph, tensors[: len(held)], form[0], learner
+        return graph, tensors[: len(held)], form[0]
 
     def compiled_function(learner, data, noise, schedule, args):
         leaves = tree_leaves((data, noise))
-        key = id(learner), *(x.shape for x in leaves)
+        key = tuple(x.shape for x in leaves)
         if key not in graphs:
             graphs[key] = build(learner, data, noise, schedule, args)
-        graph, held, form, _ = graphs[key]
+        graph, held, form = graphs[key]
         with torch.no_grad():
             return tree_unflatten(graph(*held, *leaves), form)
 

@@ -369,22 +369,18 @@ def train(args: Args) -> Path:
     envs = make_envs(args.env_id, args.num_envs, args.async_envs)  # forks, thus before CUDA starts
     atexit.register(close, envs)  # where it ends before the loop
     eval_envs = make_envs(args.env_id, args.eval_episodes, asynchronous=False)
-    obs, _ = envs.reset(seed=args.seed)  # env i gets seed + i
-    envs.action_space.seed(args.seed)
+    global_step, num_updates, saved_obs, metrics = saved["loop"] if saved else (0, 0, None, {})
+    # Env i gets i more. A run resumed without its simulators does not see its first episodes again.
+    obs, _ = envs.reset(seed=args.seed + global_step)
+    envs.action_space.seed(args.seed + global_step)
     (obs_dim,), (act_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
     learner = make_learner(args, obs_dim, act_dim, device)
     buffer = ReplayBuffer(args.buffer_size, obs_dim, act_dim, device)
     schedule = make_schedule(args.beta_schedule, T, device)
     act_fast, update_fast = accelerate(act, args, device), accelerate(update, args, device)
     rng = torch.Generator(device).manual_seed(args.seed)
-    global_step, num_updates, metrics = 0, 0, {}
-    if saved:
-        global_step, num_updates, saved_obs, metrics = saved["loop"]
-        if runfiles.restore(saved, learner, buffer, envs, rng):
-            obs = saved_obs
-        else:  # not the first episodes again
-            obs, _ = envs.reset(seed=args.seed + global_step)
-            envs.action_space.seed(args.seed + global_step)
+    if saved and runfiles.restore(saved, learner, buffer, envs, rng):
+        obs = saved_obs
     files = RunFiles(args, saved)
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", mininterval=1.0)
     returns, stop_request = deque(maxlen=10), StopRequest()

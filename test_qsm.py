@@ -712,31 +712,28 @@ def no_compiler(graph, inputs, options):
 
 @pytest.mark.parametrize("compiler", ["none", "broken", pytest.param("", marks=needs_compiler)])
 def test_compiled_updates_and_actions_agree_with_eager(compiler, monkeypatch, capsys):
-    """With NaN in one batch; as traced, also two learners in turns and two batch sizes."""
+    """With NaN in one batch; as traced, also with two batch sizes in turns."""
     args = Args(hidden_dims=(16, 16), diffusion_steps=3, compile=True)
-    schedule, turns = make_schedule("cosine", 3), [(0, 16)] * 3
+    schedule, batch_sizes, results = make_schedule("cosine", 3), [16, 16, 16], []
     if compiler:
-        turns = [(0, 16), (1, 16), (0, 16), (0, 8), (1, 16), (0, 8)]
+        batch_sizes = [16, 16, 8, 16, 8]
         compile_with = no_compiler if compiler == "broken" else lambda graph, *_: graph
         monkeypatch.setattr(torch._inductor, "compile", compile_with)
-    results = []
     for make in (fast.accelerate, lambda function, args, device: function):
         torch.manual_seed(0)
-        learners, metrics = [make_learner(args, OBS, ACT, "cpu") for _ in range(2)], {}
+        learner = make_learner(args, OBS, ACT, "cpu")
         update_once, act_once = (make(f, args, torch.device("cpu")) for f in (update, act))
-        for seed, (i, batch_size) in enumerate(turns):
+        for seed, batch_size in enumerate(batch_sizes):
             batch = random_batch(batch_size, seed)
             if seed == 1:
                 batch.rewards[0] = math.nan
             noise = draw_noise(3, batch_size, ACT, generator(seed))
-            metrics |= update_once(learners[i], batch, noise, schedule, args)
-        assert learners[turns[1][0]].skipped == 1
-        actions = act_once(learners[0], batch.obs, noise.next_actions, schedule, args)
-        everything = everything_in(learners[0]) + everything_in(learners[1])
-        results.append([*everything, actions, *metrics.values()])
-    assert ("not compiled: RuntimeError: Python.h" in capsys.readouterr().out) == (
-        compiler == "broken"
-    )
+            metrics = update_once(learner, batch, noise, schedule, args)
+        assert learner.skipped == 1
+        actions = act_once(learner, batch.obs, noise.next_actions, schedule, args)
+        results.append([*everything_in(learner), actions, *metrics.values()])
+    told = "not compiled: RuntimeError: Python.h" in capsys.readouterr().out
+    assert told == (compiler == "broken")
     for x, y in zip(*results, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
@@ -940,10 +937,10 @@ def test_step_reports_episodes_and_what_each_step_led_to():
     envs = make_envs("Counter-v0", 2, asynchronous=False)
     envs.reset(seed=[0, 1])  # env 0 terminates after 3 steps, env 1 is truncated after 5
     results = [step(envs, np.zeros((2, 1), np.float32)) for _ in range(5)]
-    assert results[2].next_obs.tolist() == [[0, 3], [101, 3]]
-    assert results[2].obs.tolist() == [[1, 0], [101, 3]]  # the next episode, to act on
-    assert results[2].terminations.tolist() == [1, 0]
-    assert [x.episodes for x in results] == [[], [], [(0, 6.0, 3)], [], [(1, 15.0, 5)]]
+    rewards, next_obs, terminations, obs = (x.tolist() for x in results[2][:4])
+    assert (rewards, terminations, next_obs) == ([3, 3], [1, 0], [[0, 3], [101, 3]])
+    assert obs == [[1, 0], [101, 3]]  # the next episode, to act on
+    assert [x[-1] for x in results] == [[], [], [(0, 6.0, 3)], [], [(1, 15.0, 5)]]
     envs.close()
 
 
