@@ -5,9 +5,11 @@
         --total-timesteps 10000 --compile True
     python docs/two_modes.py runs/docs.swingup-CartpoleSwingup-v0__qsm__1__*
 
-One panel per run: 4,000 actions in that state, and the smaller of the two critics' values.
+One panel per run: 4,000 actions in that state, the mean of the two critics, and the density exp(alpha Q) that this
+critic asks for, with the run's own scale of dQ/da. The scale is read from the checkpoint: only runs of your own.
 """
 
+import io
 import sys
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -40,11 +43,18 @@ def panel(axis, run: Path) -> None:
     noise[-1] = 0
     actions = sample_actions(learner.score_net, obs.expand(4000, -1), noise, schedule, args)[:, 0]
     grid = torch.linspace(-1, 1, 101)[:, None]
-    q = learner.critic(obs.expand(101, -1), grid).amin(0).detach()
+    q = learner.critic(obs.expand(101, -1), grid).mean(0).detach()
+    saved = io.BytesIO(np.load(run / "checkpoint.npz")["saved"])
+    total, weight = torch.load(saved, weights_only=False)["learner"][5]  # of q_scale
+    scale = total / weight if args.normalize_q_grad else 1.0
+    density = (args.alpha * q / scale).softmax(0) / 0.02  # grid points are 0.02 apart
 
     shares = [(actions < -0.5).float().mean(), (actions > 0.5).float().mean()]
-    print(f"{run}: {shares[0]:.2f} of the actions below -0.5, {shares[1]:.2f} above 0.5")
-    axis.hist(actions.numpy(), bins=40, range=(-1, 1), color="tab:blue", alpha=0.7)
+    exact = [0.02 * density[grid[:, 0] < -0.5].sum(), 0.02 * density[grid[:, 0] > 0.5].sum()]
+    print(f"{run}: below -0.5 {shares[0]:.2f} of the actions, of the density {exact[0]:.2f}; ", end="")
+    print(f"above 0.5 {shares[1]:.2f} and {exact[1]:.2f}")
+    axis.hist(actions.numpy(), bins=40, range=(-1, 1), density=True, color="tab:blue", alpha=0.7)
+    axis.plot(grid[:, 0], density, color="black", linewidth=1)
     name = args.env_id.split("/")[-1].split(":")[-1].removesuffix("-v0")
     title = f"{name}\n{args.score_target}, alpha {args.alpha:.0f}\nseed {model['args']['seed']}"
     axis.set(title=title, xlabel="action", yticks=[])
@@ -60,5 +70,5 @@ if __name__ == "__main__":
     )
     for axis, run in zip(axes[0], runs, strict=True):
         panel(axis, run)
-    axes[0, 0].set_ylabel("samples (blue), Q (orange)")
+    axes[0, 0].set_ylabel("samples (blue), exp(alpha Q)\n(black), Q (orange)")
     figure.savefig(Path(__file__).with_suffix(".png"), dpi=100)
