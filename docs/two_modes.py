@@ -51,8 +51,8 @@ def panel(axis, run: Path) -> None:
 
     shares = [(actions < -0.5).float().mean(), (actions > 0.5).float().mean()]
     exact = [0.02 * density[grid[:, 0] < -0.5].sum(), 0.02 * density[grid[:, 0] > 0.5].sum()]
-    print(f"{run}: below -0.5 {shares[0]:.2f} of the actions, of the density {exact[0]:.2f}; ", end="")
-    print(f"above 0.5 {shares[1]:.2f} and {exact[1]:.2f}")
+    for place, share, wanted in zip(("below -0.5", "above 0.5"), shares, exact, strict=True):
+        print(f"{run}: {place} {share:.2f} of the actions, {wanted:.2f} of the density")
     axis.hist(actions.numpy(), bins=40, range=(-1, 1), density=True, color="tab:blue", alpha=0.7)
     axis.plot(grid[:, 0], density, color="black", linewidth=1)
     name = args.env_id.split("/")[-1].split(":")[-1].removesuffix("-v0")
