@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from qsm import Args, make_learner, make_schedule, sample_actions
+from qsm import Args, Learner, make_learner, make_schedule, sample_actions
 from runfiles import load_model
 
 HANGING = {  # observations
@@ -45,16 +45,16 @@ def panel(axis, run: Path) -> None:
     grid = torch.linspace(-1, 1, 101)[:, None]
     q = learner.critic(obs.expand(101, -1), grid).mean(0).detach()
     saved = io.BytesIO(np.load(run / "checkpoint.npz")["saved"])
-    total, weight = torch.load(saved, weights_only=False)["learner"][5]  # of q_scale
+    total, weight = Learner(*torch.load(saved, weights_only=False)["learner"]).q_scale
     scale = total / weight if args.normalize_q_grad else 1.0
-    density = (args.alpha * q / scale).softmax(0) / 0.02  # grid points are 0.02 apart
+    wanted = (args.alpha * q / scale).softmax(0)  # probability of each grid point
 
-    shares = [(actions < -0.5).float().mean(), (actions > 0.5).float().mean()]
-    exact = [0.02 * density[grid[:, 0] < -0.5].sum(), 0.02 * density[grid[:, 0] > 0.5].sum()]
-    for place, share, wanted in zip(("below -0.5", "above 0.5"), shares, exact, strict=True):
-        print(f"{run}: {place} {share:.2f} of the actions, {wanted:.2f} of the density")
+    for side, place in (-1, "below -0.5"), (1, "above 0.5"):
+        share = (side * actions > 0.5).float().mean()
+        wanted_share = wanted[side * grid[:, 0] > 0.5].sum()
+        print(f"{run}: {place} {share:.2f} of the actions, {wanted_share:.2f} of the density")
     axis.hist(actions.numpy(), bins=40, range=(-1, 1), density=True, color="tab:blue", alpha=0.7)
-    axis.plot(grid[:, 0], density, color="black", linewidth=1)
+    axis.plot(grid[:, 0], wanted / 0.02, color="black", linewidth=1)
     name = args.env_id.split("/")[-1].split(":")[-1].removesuffix("-v0")
     title = f"{name}\n{args.score_target}, alpha {args.alpha:.0f}\nseed {model['args']['seed']}"
     axis.set(title=title, xlabel="action", yticks=[])
