@@ -1,4 +1,4 @@
-"""Speed only: matrix products, compilation, CUDA graphs. The algorithm is not here.
+"""Speed only: allocation, compilation, CUDA graphs. The algorithm is not here.
 
 Without this file everything is the same up to rounding, only slower.
 """
@@ -51,17 +51,12 @@ DECOMPOSITIONS = {  # compiled in place of kernels of torch, to be fused with wh
 
 
 def tune(device: torch.device, tf32: bool = False) -> None:
-    """Choose the matrix products and, on a CPU, the memory allocator of this process."""
+    """TensorFloat-32 on CUDA, if wanted; on a CPU an allocator that keeps what is freed."""
     torch.set_float32_matmul_precision("high" if tf32 and device.type == "cuda" else "highest")
-    if device.type == "cpu":  # MKL is slow on AMD; "medium" takes oneDNN, which may use bfloat16
-        torch.set_float32_matmul_precision("medium")
-        x = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
-        if (x[0] @ x[1] - x[0].double() @ x[1].double()).abs().max() > 1e-3:  # float32: 1e-5
-            torch.set_float32_matmul_precision("highest")
-        libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-        if hasattr(libc, "mallopt"):  # else glibc returns freed tensors, and updates fault in pages
-            libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, its maximum
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    libc = ctypes.CDLL(None) if device.type == "cpu" and sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):  # else glibc returns freed tensors, and updates fault in pages
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, its maximum
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def tensors_in(learner) -> list[torch.Tensor]:
