@@ -16,10 +16,11 @@ the score network (as in the ICLR 2024 submission; the ICML text was not at hand
 
 --score-target released does line 6 as the authors' code does: noise a to a_t, and regress
 eps(s, a_t, t) onto -alpha dQ/da(s, a_t). The default, posterior, is ours and has another line 6
-(docs/score_target.md). The network predicts the clean action x(s, a_t, t). It is regressed onto the
-mean of p(a_0 | a_t) ~ exp(alpha g a_0) N(a_t; sqrt(abar_t) a_0, 1 - abar_t) on [-1, 1], with
-g = dQ/da(s, x) and abar = alphas_cumprod, which is exact where Q is linear. The policy's score at
-a_t is (sqrt(abar_t) x - a_t) / (1 - abar_t).
+(docs/score_target.md). The network predicts the clean action x(s, a_t, t), the mean of p(a_0 | a_t).
+At little noise it is regressed onto the mean of exp(alpha g a_0) N(a_t; sqrt(abar_t) a_0, 1 - abar_t)
+on [-1, 1], with g = dQ/da(s, x) and abar = alphas_cumprod, which is exact where Q is linear; at much
+noise onto its own prediction one step of the sampler later, E[a_0 | a_t] = E[E[a_0 | a_{t-1}] | a_t].
+The policy's score at a_t is (sqrt(abar_t) x - a_t) / (1 - abar_t).
 
 "Released" below is the authors' JAX code, github.com/Alescontrela/score_matching_rl at 2e77893; SML
 is its jaxrl5/agents/score_matching/score_matching_learner.py, DIF its jaxrl5/networks/diffusion.py.
@@ -48,6 +49,7 @@ from runfiles import RunFiles, StopRequest, stop
 
 ScoreTarget = Literal["posterior", "released"]
 BetaSchedule = Literal["log-snr", "vp", "cosine", "linear"]
+FAR = 0.4  # sigma_t beyond which the posterior target asks no gradient; why: docs/score_target.md
 PRESETS = {  # alpha, T, schedule, normalize, critic_lr; why: results/README.md
     "posterior": (10.0, 10, "log-snr", True, 1e-3),
     "released": (50.0, 5, "vp", False, 3e-4),
@@ -109,6 +111,8 @@ class Schedule(NamedTuple):
     betas: Tensor  # (T,)
     alphas: Tensor  # (T,) 1 - betas
     alphas_cumprod: Tensor  # (T,) products of alphas up to and including t
+    clean_scale: Tensor  # (T,) DDPM's mean of a_{t-1} is clean_scale a_0 + noisy_scale a_t
+    noisy_scale: Tensor  # (T,)
     nodes: Tensor  # (G,) for posterior_mean
     log_weights: Tensor  # (G,)
 
@@ -132,11 +136,15 @@ def make_schedule(name: str, diffusion_steps: int, device: torch.device | str = 
         abar = torch.linspace(most if T == 1 else least, most, T, dtype=torch.float64).sigmoid()
         betas = 1 - abar / torch.cat([torch.ones(1), abar[:-1]])
     abar = (1 - betas).cumprod(0)
+    abar_before = torch.cat([torch.ones(1), abar[:-1]])  # of t - 1
+    clean_scale = abar_before.sqrt() * betas / (1 - abar)
+    noisy_scale = (1 - betas).sqrt() * (1 - abar_before) / (1 - abar)
     # A sum over nodes h apart of a Gaussian of width s has the relative error 2 exp(-2 (pi s/h)^2),
     # 5e-9 for h = s. G Gauss-Legendre nodes are at most pi / G apart: here half the least width.
     least_width = ((1 - abar[0]) / abar[0]).sqrt().item()
     nodes, weights = np.polynomial.legendre.leggauss(max(64, math.ceil(2 * math.pi / least_width)))
-    parts = betas, 1 - betas, abar, torch.from_numpy(nodes), torch.from_numpy(weights).log()
+    quadrature = torch.from_numpy(nodes), torch.from_numpy(weights).log()
+    parts = betas, 1 - betas, abar, clean_scale, noisy_scale, *quadrature
     return Schedule(*(x.float().to(device) for x in parts))
 
 
@@ -147,13 +155,10 @@ def sample_actions(score_net, obs: Tensor, noise: Tensor, schedule: Schedule, ar
     `noise` is standard normal, (T + 1, B, A): the start a_T, T - 1 step noises, the action noise
     (zeros for none). It is an argument, so that a CUDA graph never replays the same noise.
     """
-    betas, alphas, abar, *_ = schedule
-    T, variance = len(betas), 1 - abar  # (T,) sigma_t^2
-    abar_before = torch.cat([torch.ones_like(abar[:1]), abar[:-1]])  # (T,) of step t - 1
-    clean_scale = abar_before.sqrt() * betas / variance
-    noisy_scale = alphas.sqrt() * (1 - abar_before) / variance
+    betas, alphas, abar, clean_scale, noisy_scale, *_ = schedule
+    T = len(betas)
     # beta_t, as released: with few steps DDPM's other variance makes the samples too narrow.
-    eps_scale, rescale, noise_scale = betas * variance.rsqrt(), alphas.rsqrt(), betas.sqrt()
+    eps_scale, rescale, noise_scale = betas * (1 - abar).rsqrt(), alphas.rsqrt(), betas.sqrt()
     time_features = score_net.time_features()  # (T, H)
     obs_features = score_net.obs_features(obs)  # (B, H)
     a_t = noise[0]  # (B, A), not clamped
@@ -174,14 +179,15 @@ class Noise(NamedTuple):
 
     next_actions: Tensor  # (T + 1, B, A) standard normal, for sample_actions at s'
     actions: Tensor  # (B, A) standard normal, for the forward diffusion of the replayed actions
+    steps: Tensor  # (B, A) standard normal, for one step of the sampler from there
     t: Tensor  # (B,) integers, uniform on 0 .. T-1 (SML:250)
 
 
 def draw_noise(T: int, batch_size: int, act_dim: int, generator: torch.Generator) -> Noise:
     """Fresh randomness for one update, on the generator's device."""
     on = dict(device=generator.device, generator=generator)
-    normal = torch.randn(T + 2, batch_size, act_dim, **on)
-    return Noise(normal[:-1], normal[-1], torch.randint(T, (batch_size,), **on))
+    normal = torch.randn(T + 3, batch_size, act_dim, **on)
+    return Noise(normal[:-2], normal[-2], normal[-1], torch.randint(T, (batch_size,), **on))
 
 
 def q_gradient(critic: Critic, obs: Tensor, actions: Tensor) -> Tensor:
@@ -266,7 +272,7 @@ def update(learner: Learner, batch: Batch, noise: Noise, schedule: Schedule, arg
 
     # Line 6: score network. The replayed action is noised to level t (SML:250-259). dQ/da is taken
     # at the clean action predicted there; released: at the noised action (SML:263-269).
-    abar = schedule.alphas_cumprod[noise.t, None]  # (B, 1)
+    betas, _, abar, clean_scale, noisy_scale = (x[noise.t, None] for x in schedule[:5])  # (B, 1)
     noisy_actions = abar.sqrt() * batch.actions + (1 - abar).sqrt() * noise.actions  # (B, A)
     prediction = score_net(batch.obs, noisy_actions, noise.t)  # (B, A), clean action; released: eps
     point = prediction.detach().clamp(-1, 1) if posterior else noisy_actions  # (B, A)
@@ -278,6 +284,12 @@ def update(learner: Learner, batch: Batch, noise: Noise, schedule: Schedule, arg
     # Eps is minus sigma_t times the score, hence the sign (SML:279; its README has a plus).
     drift = args.alpha * q_grad
     target = posterior_mean(drift, noisy_actions, abar, schedule) if posterior else -drift  # (B, A)
+    if posterior:  # above FAR a tangent to Q cannot tell of several hills; one step later it may
+        with torch.no_grad():
+            later = clean_scale * point + noisy_scale * noisy_actions + betas.sqrt() * noise.steps
+            later = score_net(batch.obs, later, (noise.t - 1).clamp_min(0)).clamp(-1, 1)
+        far = (noise.t[:, None] > 0) & ((1 - abar).sqrt() > FAR)  # (B, 1)
+        target = torch.where(far, later, target)
     actor_loss = (prediction - target).square().mean()
     skipped += minimise(actor_optimizer, actor_loss)
     q_scale.copy_(torch.where(actor_loss.isfinite(), new_q_scale, q_scale))
@@ -372,7 +384,6 @@ def train(args: Args) -> Path:
     global_step, num_updates, saved_obs, metrics = saved["loop"] if saved else (0, 0, None, {})
     # Env i gets i more. A run resumed without its simulators does not see its first episodes again.
     obs, _ = envs.reset(seed=args.seed + global_step)
-    envs.action_space.seed(args.seed + global_step)
     (obs_dim,), (act_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
     learner = make_learner(args, obs_dim, act_dim, device)
     buffer = ReplayBuffer(args.buffer_size, obs_dim, act_dim, device)
@@ -404,8 +415,7 @@ def train(args: Args) -> Path:
             # Act (Algorithm 1 line 2): uniformly at random at first, then with the policy.
             obs_tensor = torch.as_tensor(obs, dtype=torch.float32, device=device)  # (N, O)
             if global_step < args.learning_starts:
-                actions = envs.action_space.sample()  # (N, A), of dm_control in float64
-                actions = torch.as_tensor(actions, dtype=torch.float32, device=device)
+                actions = 2 * torch.rand(args.num_envs, act_dim, device=device, generator=rng) - 1
             else:
                 shape = T + 1, args.candidates * args.num_envs, act_dim
                 noise = torch.randn(shape, device=device, generator=rng)

@@ -189,7 +189,6 @@ class RunFiles:
         except Exception:  # a worker was killed
             saved["envs"] = (None,)
         saved["random"] = [random.getstate(), np.random.get_state(), torch.get_rng_state()]
-        saved["random"] += [envs and envs.action_space.np_random.bit_generator.state]
         saved["rng"] = rng.device.type, rng.get_state()
         rows = {k: x[: buffer.size].cpu().numpy() for k, x in buffer.storage._asdict().items()}
         try:
@@ -302,7 +301,7 @@ def restore(saved: dict, learner, buffer, envs, rng: torch.Generator) -> bool:
         buffer.size, buffer.position = saved["size"], saved["position"]
         for name, rows in saved.pop("buffer").items():
             getattr(buffer.storage, name)[: buffer.size] = torch.from_numpy(rows)
-        python, numpy, cpu, action_space = saved["random"]
+        python, numpy, cpu = saved["random"]
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_rng_state(cpu)
@@ -315,6 +314,5 @@ def restore(saved: dict, learner, buffer, envs, rng: torch.Generator) -> bool:
         if None in saved["envs"]:
             print("the checkpoint holds no simulators: new episodes start")
             return False
-        envs.action_space.np_random.bit_generator.state = action_space
         envs.set_attr("snapshot", list(saved["envs"]))
         return True

@@ -375,7 +375,7 @@ def test_actor_gradient_against_finite_differences_and_none_to_the_critics(
     net, critic = ScoreNet(OBS, ACT, (8, 8), 5).double(), Critic(OBS, ACT, (8, 8)).double()
     schedule = qsm.Schedule(*(x.double() for x in make_schedule("vp", 5)))
     batch, noise = Batch(*(x.double() for x in random_batch())), draw_noise(5, B, ACT, generator())
-    noise = Noise(noise.next_actions.double(), noise.actions.double(), noise.t)
+    noise = Noise(*(x.double() for x in noise[:3]), noise.t)
     learner = learner_of(net, critic)
 
     def loss() -> float:
