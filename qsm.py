@@ -16,17 +16,16 @@ the score network (as in the ICLR 2024 submission; the ICML text was not at hand
 
 --score-target released does line 6 as the authors' code does: noise a to a_t, and regress
 eps(s, a_t, t) onto -alpha dQ/da(s, a_t). The default, posterior, is ours and has another line 6
-(docs/score_target.md). The network predicts the clean action x(s, a_t, t), the mean of p(a_0 | a_t).
-At little noise it is regressed onto the mean of exp(alpha g a_0) N(a_t; sqrt(abar_t) a_0, 1 - abar_t)
-on [-1, 1], with g = dQ/da(s, x) and abar = alphas_cumprod, which is exact where Q is linear; at much
-noise onto its own prediction one step of the sampler later, E[a_0 | a_t] = E[E[a_0 | a_{t-1}] | a_t].
-The policy's score at a_t is (sqrt(abar_t) x - a_t) / (1 - abar_t).
+(docs/score_target.md). The network predicts the clean action x(s, a_t, t), the mean of a_0 given
+a_t. At little noise it is regressed onto the mean of exp(alpha g a_0) N(a_t; sqrt(abar_t) a_0,
+1 - abar_t) on [-1, 1] with g = dQ/da(s, x) and abar = alphas_cumprod, exact where Q is linear. At
+much noise it is regressed onto its own prediction one step of the sampler later, since
+E[a_0 | a_t] = E[E[a_0 | a_{t-1}] | a_t]. The score at a_t is (sqrt(abar_t) x - a_t) / (1 - abar_t).
 
 "Released" below is the authors' JAX code, github.com/Alescontrela/score_matching_rl at 2e77893; SML
 is its jaxrl5/agents/score_matching/score_matching_learner.py, DIF its jaxrl5/networks/diffusion.py.
 """
 
-import atexit
 import copy
 import math
 from collections import deque
@@ -42,7 +41,7 @@ from tqdm import tqdm
 
 import runfiles
 from buffer import Batch, ReplayBuffer
-from envs import UserError, close, make_envs, step
+from envs import UserError, make_envs, step
 from fast import accelerate
 from networks import Critic, ScoreNet
 from runfiles import RunFiles, StopRequest, stop
@@ -50,10 +49,8 @@ from runfiles import RunFiles, StopRequest, stop
 ScoreTarget = Literal["posterior", "released"]
 BetaSchedule = Literal["log-snr", "vp", "cosine", "linear"]
 FAR = 0.4  # sigma_t beyond which the posterior target asks no gradient; why: docs/score_target.md
-PRESETS = {  # alpha, T, schedule, normalize, critic_lr; why: results/README.md
-    "posterior": (10.0, 10, "log-snr", True, 1e-3),
-    "released": (50.0, 5, "vp", False, 3e-4),
-}
+NAMES = "alpha", "diffusion_steps", "beta_schedule", "normalize_q_grad", "critic_lr"
+PRESETS = {"posterior": (10.0, 10, "log-snr", True, 1e-3), "released": (50.0, 5, "vp", False, 3e-4)}
 
 
 @dataclass
@@ -63,20 +60,17 @@ class Args:
     device: str = "auto"  # auto (CUDA when there is one), cpu, cuda or cuda:N
     deterministic: bool = False  # the same bits on every run on CUDA too, slower
     tf32: bool = False  # on CUDA: matrix products in TensorFloat-32
-    compile: bool | None = None  # None: if there is a compiler and there are 20,000 updates to make
+    compile: bool | None = None  # None: if there are 20,000 updates to make, and a compiler
     cuda_graph: bool | None = None  # replay acting and updates as CUDA graphs; None: on CUDA
     run_dir: Path = Path("runs")  # where the folder of this run is made
     track: bool = False  # mirror the event file to Weights & Biases (WANDB_PROJECT, WANDB_ENTITY)
     total_timesteps: int = 1_000_000  # environment steps, counted over all environments
-    num_envs: int = 1  # environments stepped together
-    async_envs: bool | None = None  # a worker process for each; None: if there are cores enough
+    num_envs: int = 1  # environments stepped together, in this process
     eval_every: int = 10_000  # environment steps between evaluations, the first at step 0; 0: never
     eval_episodes: int = 10  # episodes of an evaluation, one in each of as many environments
     log_every: int = 1_000  # environment steps between scalars in the event file
     checkpoint_every: int = 100_000  # environment steps between checkpoints; one is made at the end
     resume: Path | None = None  # folder of a run: continue it, with its own arguments
-    evaluate: Path | None = None  # folder of a run: evaluate its policy, log the returns, and exit
-    capture_video: bool = False  # with --evaluate: the first episode as mp4 (pip install moviepy)
 
     buffer_size: int = 1_000_000  # transitions kept, on the training device
     learning_starts: int = 10_000  # environment steps with uniform random actions
@@ -99,8 +93,7 @@ class Args:
     critic_lr: float | None = None  # Adam learning rate of the critics; 1e-3 or 3e-4
 
     def __post_init__(self):
-        names = "alpha", "diffusion_steps", "beta_schedule", "normalize_q_grad", "critic_lr"
-        for name, value in zip(names, PRESETS[self.score_target], strict=True):
+        for name, value in zip(NAMES, PRESETS[self.score_target], strict=True):
             if getattr(self, name) is None:
                 setattr(self, name, value)
 
@@ -353,35 +346,14 @@ def evaluate(learner: Learner, envs, schedule: Schedule, args: Args, stopped=lam
     return [episodes[i] for i in range(N)]
 
 
-def evaluate_saved(args: Args) -> Path:
-    """--evaluate: print the returns of a saved policy and append them to evaluate.csv."""
-    (trained, model), device = runfiles.load_model(args), runfiles.prepare(args)
-    if ":" in trained.env_id and args.env_id != trained.env_id:  # gym.make imports, and so runs, it
-        raise UserError(f"the model names code; if you trust it, add --env-id {trained.env_id}")
-    video = args.evaluate / f"videos/step-{model['global_step']}-seed-{args.seed}"
-    video = video if args.capture_video else None
-    envs = make_envs(trained.env_id, args.eval_episodes, False, video)
-    sizes = *envs.single_observation_space.shape, *envs.single_action_space.shape  # O, A
-    learner = make_learner(trained, *sizes, device)
-    with runfiles.reading(args.evaluate):
-        learner.score_net.load_state_dict(model["score_net"])
-        learner.critic.load_state_dict(model["critic"])
-    schedule = make_schedule(trained.beta_schedule, trained.diffusion_steps, device)
-    episodes = evaluate(learner, envs, schedule, trained)
-    close(envs)
-    with (args.evaluate / "evaluate.csv").open("a") as file:
-        runfiles.write_evaluation(file, model["global_step"], trained, episodes)
-    return args.evaluate
-
-
-def train(args: Args) -> Path:
+@runfiles.errors_in_one_line()
+def main(args: Args) -> Path:
     """Train, from the start or from a checkpoint, and return the folder of the run."""
     args, saved = runfiles.load_checkpoint(args) if args.resume else (args, None)
     device, T = runfiles.prepare(args), args.diffusion_steps
-    envs = make_envs(args.env_id, args.num_envs, args.async_envs)  # forks, thus before CUDA starts
-    atexit.register(close, envs)  # where it ends before the loop
-    eval_envs = make_envs(args.env_id, args.eval_episodes, asynchronous=False)
-    global_step, num_updates, saved_obs, metrics = saved["loop"] if saved else (0, 0, None, {})
+    envs = make_envs(args.env_id, args.num_envs)
+    eval_envs = make_envs(args.env_id, args.eval_episodes)
+    global_step, num_updates, saved_obs = saved["loop"] if saved else (0, 0, None)
     # Env i gets i more. A run resumed without its simulators does not see its first episodes again.
     obs, _ = envs.reset(seed=args.seed + global_step)
     (obs_dim,), (act_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
@@ -394,10 +366,10 @@ def train(args: Args) -> Path:
         obs = saved_obs
     files = RunFiles(args, saved)
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", mininterval=1.0)
-    returns, stop_request = deque(maxlen=10), StopRequest()
+    metrics, returns, stop_request = {}, deque(maxlen=10), StopRequest()
 
     def save(envs) -> bool:
-        return files.save((global_step, num_updates, obs, metrics), learner, buffer, envs, rng)
+        return files.save((global_step, num_updates, obs), learner, buffer, envs, rng)
 
     try:
         while True:
@@ -405,8 +377,8 @@ def train(args: Args) -> Path:
             due = args.eval_every and global_step % args.eval_every < args.num_envs
             if due and files.last_evaluation < global_step:
                 try:
-                    episodes = evaluate(learner, eval_envs, schedule, args, stop_request)
-                    files.log_evaluation(global_step, args, episodes)
+                    if episodes := evaluate(learner, eval_envs, schedule, args, stop_request):
+                        files.log_evaluation(global_step, args, episodes)
                 except UserError as error:  # training goes on
                     tqdm.write(f"step {global_step}: no evaluation, {error}")
             if global_step >= args.total_timesteps or stop_request():
@@ -419,8 +391,7 @@ def train(args: Args) -> Path:
             else:
                 shape = T + 1, args.candidates * args.num_envs, act_dim
                 noise = torch.randn(shape, device=device, generator=rng)
-                actions = act_fast(learner, obs_tensor, noise, schedule, args)
-
+                actions = act_fast(learner, obs_tensor, noise, schedule, args)  # (N, A)
             actions_cpu = actions.cpu().numpy()
             if not np.isfinite(actions_cpu).all():
                 raise UserError("the actions are not finite: try a lower --actor-lr or --alpha")
@@ -460,19 +431,11 @@ def train(args: Args) -> Path:
         save(None)
         raise UserError(f"{error}. To go on with new episodes: --resume {files.path}") from error
     finally:
-        for closable in (stop_request, progress, files):
+        for closable in (stop_request, progress, files, envs, eval_envs):
             closable.close()
-        close(envs)
-        close(eval_envs)
     if signum := stop_request():
         stop(f"stopped at step {global_step}; to continue: --resume {files.path}", 128 + signum)
     return files.path
-
-
-def main(args: Args) -> Path:
-    """Train, resume or evaluate; returns the folder of the run."""
-    with runfiles.errors_in_one_line():
-        return evaluate_saved(args) if args.evaluate else train(args)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ import contextlib
 import errno
 import fcntl
 import importlib.metadata
+import importlib.util
 import io
 import os
-import platform
 import random
 import re
 import signal
@@ -27,9 +27,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from envs import UserError, one_line
-from fast import tune
 
-DISK = [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENOTDIR]
+DISK = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENOTDIR
 COUNTS = "total_timesteps num_envs eval_episodes log_every buffer_size batch_size diffusion_steps"
 RANGES = {
     f"{COUNTS} candidates": (1, 10**12),
@@ -42,7 +41,7 @@ RANGES = {
 
 def stop(message: object, code: int = 1) -> NoReturn:
     """End the program with one line on stderr."""
-    tqdm.write(f"qsm.py: {message}", file=sys.stderr)  # not into a progress bar
+    tqdm.write(f"qsm.py: {' '.join(str(message).split())}", file=sys.stderr)  # not into a bar
     raise SystemExit(code)
 
 
@@ -51,52 +50,44 @@ def errors_in_one_line():
     """Errors that a user can fix end the program with one line; others keep their traceback."""
     try:
         yield
-    except (UserError, MemoryError, torch.OutOfMemoryError) as error:
-        stop(" ".join(str(error).split())[:500])
+    except (UserError, MemoryError) as error:
+        stop(error)
     except OSError as error:
         if error.errno not in DISK:
             raise
         stop(f"{error.filename or 'the folder of the run'}: {error.strerror}")
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # torch's, on a CPU
-            raise
-        stop(one_line(error))
-    except KeyboardInterrupt:  # outside the loop of a training run, which ends its step first
-        stop("stopped", 128 + signal.SIGINT)
 
 
 def prepare(args) -> torch.device:
-    """Refuse impossible values, seed and tune the libraries, and return the device."""
+    """Refuse impossible values, seed, and return the device."""
     for names, (low, high) in RANGES.items():
         for name in names.split():
             if not low <= getattr(args, name) <= high:
                 flag = f"--{name.replace('_', '-')}"
                 raise UserError(f"{flag} must be in [{low}, {high}], got {getattr(args, name)}")
-    if not args.hidden_dims or min(args.hidden_dims) < 1:
+    if min(args.hidden_dims, default=0) < 1:
         raise UserError(f"--hidden-dims must be positive widths, got {args.hidden_dims}")
     if args.buffer_size < args.num_envs:
         raise UserError(f"--buffer-size must be at least --num-envs, got {args.buffer_size}")
-    name = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise UserError(f"--device must be auto, cpu, cuda or cuda:N, got {name}")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: torch finds {torch.cuda.device_count()} CUDA devices")
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    devices = ["cpu", *(["cuda", *gpus] if gpus else [])]
+    name = args.device.replace("auto", "cuda" if gpus else "cpu")
+    if name not in devices:
+        raise UserError(f"--device must be auto or of {devices}, got {args.device}")
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
         torch.use_deterministic_algorithms(True)
-    tune(device, args.tf32)
-    for seed in (random.seed, np.random.seed, torch.manual_seed):
+    torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
+    for seed in (random.seed, np.random.seed, torch.manual_seed):  # of whatever an environment uses
         seed(args.seed)
-    return device
+    return torch.device(name)
 
 
 class StopRequest:
     """Called, it returns the number of the SIGTERM or Ctrl-C that came, else 0; a second kills."""
 
     def __init__(self):
-        self.signum = 0
-        both = signal.SIGTERM, signal.SIGINT
+        self.signum, both = 0, (signal.SIGTERM, signal.SIGINT)
         self.usual = {signum: signal.signal(signum, self.receive) for signum in both}
 
     def receive(self, signum: int, frame) -> None:
@@ -119,36 +110,28 @@ class RunFiles:
     """
 
     def __init__(self, args, saved: dict | None = None):
-        if args.track:
-            try:
-                import wandb
-            except ImportError:
-                raise UserError("--track needs: pip install wandb") from None
+        if args.track and not importlib.util.find_spec("wandb"):
+            raise UserError("--track needs: pip install wandb")
         name = re.sub("[/:]", "-", f"{args.env_id}__qsm__{args.seed}__{int(time.time())}")
         names = (args.run_dir / (f"{name}-{n}" if n else name) for n in range(1000))
         self.path = args.resume or next(path for path in names if not path.exists())
         self.path.mkdir(parents=True, exist_ok=bool(args.resume))
         plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
         self.args = plain | {"resume": None}
-        self.files = [saved["lock"] if saved else locked(self.path)]
         if args.track:  # a resumed run goes on under its id
-            try:
-                wandb.init(
-                    id=self.path.name, config=self.args, resume="allow", sync_tensorboard=True
-                )
-            except Exception as error:  # no key, no network
-                raise UserError(f"--track: {one_line(error)}") from None
+            import wandb
+
+            wandb.init(id=self.path.name, config=self.args, resume="allow", sync_tensorboard=True)
         self.time, self.step = time.perf_counter(), saved["loop"][0] if saved else 0
         self.events = SummaryWriter(self.path, purge_step=self.step + 1 if saved else None)
-        sizes, self.last_evaluation = saved["files"] if saved else (None, -1)
-        for i, name in enumerate(("episodes.csv", "evaluations.csv")):
-            path = self.path / name
-            if saved and path.exists():
-                os.truncate(path, min(sizes[i], path.stat().st_size))
-            self.files.append(path.open("a", buffering=1))  # line by line
-        if self.files[1].tell() == 0:
-            self.files[1].write("global_step,env,return,length\n")
+        sizes, self.last_evaluation = saved["files"] if saved else ((0, 0), -1)
+        self.files = [saved["lock"] if saved else locked(self.path)]
+        for name, size in zip(("episodes.csv", "evaluations.csv"), sizes):
+            file = (self.path / name).open("a", buffering=1)  # line by line
+            file.truncate(min(size, file.tell()))
+            self.files.append(file)
         if not saved:
+            self.files[1].write("global_step,env,return,length\n")
             table = "\n".join(f"|{name}|{value}|" for name, value in self.args.items())
             self.events.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
 
@@ -164,32 +147,26 @@ class RunFiles:
         self.events.add_scalar("charts/episodic_return", episode_return, global_step)
         self.events.add_scalar("charts/episodic_length", length, global_step)
 
-    def log_evaluation(self, global_step: int, args, episodes: list | None) -> None:
-        if episodes:
-            mean = write_evaluation(self.files[2], global_step, args, episodes)
-            self.events.add_scalar("eval/return_mean", mean, global_step)
-            self.last_evaluation = global_step
+    def log_evaluation(self, global_step: int, args, episodes: list) -> None:
+        mean = write_evaluation(self.files[2], global_step, args, episodes)
+        self.events.add_scalar("eval/return_mean", mean, global_step)
+        self.last_evaluation = global_step
 
     def save(self, loop: tuple, learner, buffer, envs, rng: torch.Generator) -> bool:
         """Write checkpoint.npz and model.pt. Where that fails, say so; the older files stay.
 
-        Without `envs`, or if one is dead, a resumed run starts with new episodes.
+        Without `envs` a resumed run starts with new episodes.
         """
         self.events.flush()  # else a killed run lacks events from before its checkpoint
         states = [x if isinstance(x, torch.Tensor) else x.state_dict() for x in learner]
         states = tree_map_only(torch.Tensor, torch.Tensor.cpu, states)
-        model = dict(score_net=states[0], critic=states[1], args=self.args, global_step=loop[0])
-        loop = tree_map_only(torch.Tensor, torch.Tensor.cpu, loop)
-        saved = dict(args=self.args, loop=loop, learner=states, versions=versions())
+        model = dict(score_net=states[0], critic=states[1], q_scale=states[5].clone())
+        model |= dict(args=self.args, global_step=loop[0])
+        saved = dict(args=self.args, loop=loop, learner=states, versions=versions(rng))
         sizes = [os.fstat(file.fileno()).st_size for file in self.files[1:]]
+        saved |= dict(files=(sizes, self.last_evaluation), rng=rng.get_state())
+        saved |= dict(envs=envs.get_attr("snapshot") if envs else (None,))
         saved |= dict(size=buffer.size, position=buffer.position)
-        saved |= dict(files=(sizes, self.last_evaluation))
-        try:
-            saved["envs"] = envs.get_attr("snapshot") if envs else (None,)
-        except Exception:  # a worker was killed
-            saved["envs"] = (None,)
-        saved["random"] = [random.getstate(), np.random.get_state(), torch.get_rng_state()]
-        saved["rng"] = rng.device.type, rng.get_state()
         rows = {k: x[: buffer.size].cpu().numpy() for k, x in buffer.storage._asdict().items()}
         try:
             if not all(p.isfinite().all() for net in learner[:3] for p in net.parameters()):
@@ -197,10 +174,11 @@ class RunFiles:
             for file in self.files[1:]:
                 os.fsync(file.fileno())  # no row from before a checkpoint may be lost
             torch.save(saved, pickled := io.BytesIO())
+            torch.save(model, policy := io.BytesIO())  # to a full disk: a RuntimeError
             with whole_file(self.path / "checkpoint.npz") as file:
                 np.savez(file, saved=np.frombuffer(pickled.getvalue(), np.uint8), **rows)
             with whole_file(self.path / "model.pt") as file:
-                torch.save(model, file)
+                file.write(policy.getvalue())
             return True
         except (OSError, UserError) as error:
             tqdm.write(f"nothing saved at step {loop[0]}: {error}")
@@ -233,15 +211,15 @@ def whole_file(path: Path):
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def versions() -> dict[str, str]:
-    """Versions of the libraries that affect results."""
+def versions(rng: torch.Generator) -> dict[str, str]:
+    """What the bits of a run depend on, beside its arguments."""
     names = "torch", "numpy", "gymnasium", "mujoco"
-    return {"python": platform.python_version()} | {x: importlib.metadata.version(x) for x in names}
+    return {"device": rng.device.type} | {x: importlib.metadata.version(x) for x in names}
 
 
 def locked(folder: Path):
@@ -264,17 +242,6 @@ def reading(path: Path | str):
         raise UserError(f"{path} is damaged, or not of this qsm.py: {one_line(error)}") from None
 
 
-def load_model(args) -> tuple:
-    """(arguments, model.pt on the CPU) of the run args.evaluate.
-
-    Safe for files of others: only plain data is unpickled.
-    """
-    with reading(args.evaluate / "model.pt") as path:
-        model = torch.load(path, map_location="cpu", weights_only=True)
-        trained = type(args)(**model["args"])
-        return replace(trained, seed=args.seed, candidates=args.candidates), model
-
-
 def load_checkpoint(args) -> tuple:
     """(arguments, what `restore` takes, on the CPU) of the run args.resume, which it locks."""
     with reading(args.resume / "checkpoint.npz") as path:
@@ -282,7 +249,6 @@ def load_checkpoint(args) -> tuple:
         pickled = io.BytesIO(arrays.pop("saved"))
         saved = torch.load(pickled, map_location="cpu", weights_only=False)
         saved |= {"buffer": arrays, "lock": lock}
-        assert "files" in saved, "of an older revision"
         return replace(type(args)(**saved["args"]), resume=args.resume), saved
 
 
@@ -292,25 +258,19 @@ def restore(saved: dict, learner, buffer, envs, rng: torch.Generator) -> bool:
     with reading("the checkpoint"):
         for part, state in zip(learner, saved["learner"], strict=True):
             if isinstance(part, torch.optim.Optimizer):
-                group = part.param_groups[0]
-                own = {name: group[name] for name in ("lr", "capturable")}  # this device's
+                own = {name: part.param_groups[0][name] for name in ("lr", "capturable")}
                 part.load_state_dict(state)
-                part.param_groups[0].update(own)
+                part.param_groups[0].update(own)  # of this device
             else:
                 part.copy_(state) if isinstance(part, torch.Tensor) else part.load_state_dict(state)
         buffer.size, buffer.position = saved["size"], saved["position"]
         for name, rows in saved.pop("buffer").items():
             getattr(buffer.storage, name)[: buffer.size] = torch.from_numpy(rows)
-        python, numpy, cpu = saved["random"]
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        kind, state = saved["rng"]
-        before, now = saved["versions"] | {"device": kind}, versions() | {"device": rng.device.type}
+        before, now = saved["versions"], versions(rng)
         if before != now:
             print(f"not bit for bit: saved with {before}, resumed with {now}")
-        if kind == rng.device.type:
-            rng.set_state(state)
+        if before["device"] == now["device"]:
+            rng.set_state(saved["rng"])
         if None in saved["envs"]:
             print("the checkpoint holds no simulators: new episodes start")
             return False

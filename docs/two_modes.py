@@ -6,10 +6,9 @@
     python docs/two_modes.py runs/docs.swingup-CartpoleSwingup-v0__qsm__1__*
 
 One panel per run: 4,000 actions in that state, the mean of the two critics, and the density exp(alpha Q) that this
-critic asks for, with the run's own scale of dQ/da. The scale is read from the checkpoint: only runs of your own.
+critic asks for, with the run's own scale of dQ/da.
 """
 
-import io
 import sys
 from pathlib import Path
 
@@ -17,12 +16,11 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from qsm import Args, Learner, make_learner, make_schedule, sample_actions
-from runfiles import load_model
+from qsm import make_schedule, sample_actions
+from results.evaluate import load_policy
 
 HANGING = {  # observations
     "Pendulum-v1": [-1.0, 0.0, 0.0],  # cos, sin, speed
@@ -32,11 +30,8 @@ HANGING = {  # observations
 
 
 def panel(axis, run: Path) -> None:
-    args, model = load_model(Args(evaluate=run))
+    args, learner, _ = load_policy(run)
     obs = torch.tensor([HANGING[args.env_id]])
-    learner = make_learner(args, obs.shape[1], 1, "cpu")
-    learner.score_net.load_state_dict(model["score_net"])
-    learner.critic.load_state_dict(model["critic"])
     schedule = make_schedule(args.beta_schedule, args.diffusion_steps)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(args.diffusion_steps + 1, 4000, 1, generator=generator)
@@ -44,9 +39,7 @@ def panel(axis, run: Path) -> None:
     actions = sample_actions(learner.score_net, obs.expand(4000, -1), noise, schedule, args)[:, 0]
     grid = torch.linspace(-1, 1, 101)[:, None]
     q = learner.critic(obs.expand(101, -1), grid).mean(0).detach()
-    saved = io.BytesIO(np.load(run / "checkpoint.npz")["saved"])
-    total, weight = Learner(*torch.load(saved, weights_only=False)["learner"]).q_scale
-    scale = total / weight if args.normalize_q_grad else 1.0
+    scale = learner.q_scale[0] / learner.q_scale[1] if args.normalize_q_grad else 1.0
     wanted = (args.alpha * q / scale).softmax(0)  # probability of each grid point
 
     for side, place in (-1, "below -0.5"), (1, "above 0.5"):
@@ -56,7 +49,7 @@ def panel(axis, run: Path) -> None:
     axis.hist(actions.numpy(), bins=40, range=(-1, 1), density=True, color="tab:blue", alpha=0.7)
     axis.plot(grid[:, 0], wanted / 0.02, color="black", linewidth=1)
     name = args.env_id.split("/")[-1].split(":")[-1].removesuffix("-v0")
-    title = f"{name}\n{args.score_target}, alpha {args.alpha:.0f}\nseed {model['args']['seed']}"
+    title = f"{name}\n{args.score_target}, alpha {args.alpha:.0f}\nseed {args.seed}"
     axis.set(title=title, xlabel="action", yticks=[])
     values = axis.twinx()
     values.plot(grid[:, 0], q, color="tab:orange")

@@ -1,11 +1,10 @@
-"""Why a run with the released target stays where it is: what each target samples from the run's own final critic.
+"""Why a run with the released target stays where it is: what that target samples from the run's own final critic.
 
     python results/same_critic.py runs/HalfCheetah-v4__qsm__*      # a minute or two a run
 
-The same critic is sampled with the trained score network and with a network that is exactly at its target, released or
-posterior. Neither the fit nor the critic can then explain a difference. 128 states of the trained policy, 16 samples at
-each: share of action coordinates on a bound, standard deviation at one state (uniform: 0.58, a fair coin between -1 and
-1: 1), mean Q of the samples.
+The same critic is sampled with the trained score network and with a network that is exactly at the released target: the
+fit cannot then explain what is seen. 128 states of the trained policy, 16 samples at each: share of action coordinates
+on a bound, standard deviation at one state (uniform: 0.58, a fair coin between -1 and 1: 1), mean Q of the samples.
 """
 
 import sys
@@ -16,40 +15,25 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from envs import make_envs
 from networks import Critic, ScoreNet
-from qsm import Args, make_schedule, posterior_mean, q_gradient, sample_actions
+from qsm import Args, make_schedule, q_gradient, sample_actions
 
 SAMPLES = 16
 
 
 class ExactScore:
-    """Stands in for ScoreNet: its prediction equal to its regression target for this critic, at every t.
+    """Stands in for ScoreNet: its prediction equal to the released regression target for this critic, at every t."""
 
-    The posterior target depends on the prediction. Training moves a prediction to it in small steps, and so does this:
-    100 steps of 0.05, from 0.
-    """
-
-    def __init__(self, critic: Critic, obs: torch.Tensor, args: Args, scale: torch.Tensor):
-        self.critic, self.obs, self.args, self.scale = critic, obs, args, scale
-        self.schedule = make_schedule(args.beta_schedule, args.diffusion_steps)
+    def __init__(self, critic: Critic, obs: torch.Tensor, args: Args):
+        self.critic, self.obs, self.args = critic, obs, args
 
     def time_features(self) -> torch.Tensor:
-        return self.schedule.alphas_cumprod[:, None]
+        return torch.zeros(self.args.diffusion_steps, 1)
 
     def obs_features(self, obs: torch.Tensor) -> torch.Tensor:
         return torch.zeros(len(obs), 1)
 
-    def drift(self, actions: torch.Tensor) -> torch.Tensor:
-        return self.args.alpha * q_gradient(self.critic, self.obs, actions) / self.scale
-
-    def denoise(self, alphas_cumprod: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        if self.args.score_target == "released":
-            return -self.drift(actions)
-        clean = torch.zeros_like(actions)
-        for _ in range(100):
-            clean = clean.lerp(
-                posterior_mean(self.drift(clean), actions, alphas_cumprod, self.schedule), 0.05
-            )
-        return clean
+    def denoise(self, features: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        return -self.args.alpha * q_gradient(self.critic, self.obs, actions)
 
 
 def sample(score, obs: torch.Tensor, args: Args, act_dim: int, noisy: bool = False) -> torch.Tensor:
@@ -66,7 +50,7 @@ def report(run: Path) -> None:
     args = Args(
         **{name: value for name, value in saved["args"].items() if name in Args.__annotations__}
     )
-    envs = make_envs(args.env_id, 8, asynchronous=False)
+    envs = make_envs(args.env_id, 8)
     obs_dim, act_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     score_net = ScoreNet(obs_dim, act_dim, args.hidden_dims, args.diffusion_steps)
     score_net.load_state_dict(saved["score_net"])
@@ -80,15 +64,14 @@ def report(run: Path) -> None:
     envs.close()
     obs = torch.cat(states[::4]).repeat(SAMPLES, 1)
     uniform = torch.rand(len(obs), act_dim) * 2 - 1
-    scale = q_gradient(critic, obs, uniform).abs().mean()
     samples = {
         "score network of the run": sample(score_net, obs, args, act_dim),
         "uniform": uniform,
     }
-    for target in ("released", "posterior"):
-        exact = Args(score_target=target)
-        score = ExactScore(critic, obs, exact, scale if exact.normalize_q_grad else torch.ones(()))
-        samples[f"exactly the {target} target"] = sample(score, obs, exact, act_dim)
+    exact = Args(score_target="released")
+    samples["exactly the released target"] = sample(
+        ExactScore(critic, obs, exact), obs, exact, act_dim
+    )
     for name, actions in samples.items():
         bound = (actions.abs() == 1).float().mean()
         std = actions.view(SAMPLES, -1, act_dim).std(0).mean()

@@ -1,0 +1,87 @@
+"""Evaluate the policy of a run, also while it is training: print the returns and append them to evaluate.csv there.
+
+    python results/evaluate.py runs/<run> --episodes 20 --candidates 16
+    python results/evaluate.py runs/<run> --video        # the first episode as mp4 (pip install moviepy)
+
+Only model.pt is read, which holds no code. If it names code (an --env-id module:id), repeat its id: --env-id module:id.
+"""
+
+import os
+import sys
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import gymnasium as gym
+import torch
+import tyro
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import runfiles
+from envs import UserError, make_env
+from qsm import Args, Learner, evaluate, make_learner, make_schedule
+
+
+@dataclass
+class Evaluation:
+    run: tyro.conf.Positional[Path]  # the folder of a run
+    episodes: int = 10  # one in each of as many environments
+    seed: int = 1  # the environments' is 1,000,000 more
+    candidates: int | None = (
+        None  # actions drawn to act, the one with the highest min-Q acts; None: the run's
+    )
+    env_id: str = ""  # to allow the import of a module
+    video: bool = (
+        False  # record the first episode; needs libegl1, or libosmesa6 with MUJOCO_GL=osmesa
+    )
+
+
+def load_policy(run: Path) -> tuple[Args, Learner, int]:
+    """Arguments, learner (networks and scale of dQ/da are those of the run, on the CPU), and steps made."""
+    with runfiles.reading(run / "model.pt") as path:
+        model = torch.load(path, map_location="cpu", weights_only=True)
+        args = Args(**model["args"])
+        obs_dim = model["score_net"]["first.weight"].shape[1] - 128  # less action and time
+        act_dim = len(model["score_net"]["out.bias"])
+        learner = make_learner(args, obs_dim - act_dim, act_dim, "cpu")
+        learner.score_net.load_state_dict(model["score_net"])
+        learner.critic.load_state_dict(model["critic"])
+        learner.q_scale.copy_(model["q_scale"])
+    return args, learner, model["global_step"]
+
+
+def make_video_env(env_id: str, path: Path) -> gym.Env:
+    try:
+        env = make_env(env_id, render_mode="rgb_array")
+        env.reset(seed=0)
+        env.render()  # a missing OpenGL library shows here
+        options = {"episode_trigger": lambda episode: episode == 0, "name_prefix": path.name}
+        return gym.wrappers.RecordVideo(env, str(path.parent), **options)
+    except Exception as error:
+        hint = "videos need moviepy, and libegl1 or, with MUJOCO_GL=osmesa, libosmesa6"
+        raise UserError(f"cannot record: {runfiles.one_line(error)}; {hint}") from None
+
+
+@runfiles.errors_in_one_line()
+def main(flags: Evaluation) -> None:
+    args, learner, global_step = load_policy(flags.run)
+    if ":" in args.env_id and flags.env_id != args.env_id:  # gym.make imports, and so runs, it
+        raise UserError(f"the model names code; if you trust it, add --env-id {args.env_id}")
+    args = replace(args, seed=flags.seed, candidates=flags.candidates or args.candidates)
+    makers = [partial(make_env, args.env_id)] * flags.episodes
+    if flags.video:
+        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
+        path = flags.run / f"videos/step-{global_step}-seed-{args.seed}"
+        makers[0] = partial(make_video_env, args.env_id, path)
+    envs = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
+    torch.manual_seed(args.seed)
+    schedule = make_schedule(args.beta_schedule, args.diffusion_steps)
+    episodes = evaluate(learner, envs, schedule, args)
+    envs.close()
+    with (flags.run / "evaluate.csv").open("a") as file:
+        runfiles.write_evaluation(file, global_step, args, episodes)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Evaluation, description=__doc__))
