@@ -46,9 +46,7 @@ from fast import accelerate
 from networks import Critic, ScoreNet
 from runfiles import RunFiles, StopRequest, stop
 
-ScoreTarget = Literal["posterior", "released"]
-BetaSchedule = Literal["log-snr", "vp", "cosine", "linear"]
-FAR = 0.4  # sigma_t beyond which the posterior target asks no gradient; why: docs/score_target.md
+MUCH_NOISE = 0.4  # sigma_t above which the posterior target uses no gradient: docs/score_target.md
 NAMES = "alpha", "diffusion_steps", "beta_schedule", "normalize_q_grad", "critic_lr"
 PRESETS = {"posterior": (10.0, 10, "log-snr", True, 1e-3), "released": (50.0, 5, "vp", False, 3e-4)}
 
@@ -84,11 +82,11 @@ class Args:
     action_noise: float = 0.1  # std of Gaussian noise on behaviour and target actions
     candidates: int = 1  # actions drawn to act; the one with the highest min-Q acts (paper: 1)
 
-    score_target: ScoreTarget = "posterior"  # what the network is regressed onto
+    score_target: Literal["posterior", "released"] = "posterior"  # what the network learns
     # None: the value of PRESETS for the score target
     alpha: float | None = None  # inverse temperature (released: M_q), higher is greedier; 10 or 50
     diffusion_steps: int | None = None  # denoising steps T; 10 or 5
-    beta_schedule: BetaSchedule | None = None  # log-snr or vp
+    beta_schedule: Literal["log-snr", "vp", "cosine", "linear"] | None = None  # log-snr or vp
     normalize_q_grad: bool | None = None  # divide dQ/da by its running mean size; True or False
     critic_lr: float | None = None  # Adam learning rate of the critics; 1e-3 or 3e-4
 
@@ -228,8 +226,8 @@ def make_learner(args: Args, obs_dim: int, act_dim: int, device: torch.device | 
         flags = dict(fused=True, capturable=torch.device(device).type == "cuda")
         lr = torch.tensor(lr, device=device)  # a tensor, to be changed in place
         optimizers.append(torch.optim.Adam(net.parameters(), lr, **flags))
-    zeros = torch.zeros(2, device=device), torch.zeros((), device=device)
-    return Learner(score_net, critic, critic_target, *optimizers, *zeros)
+    q_scale, skipped = torch.zeros(2, device=device), torch.zeros((), device=device)
+    return Learner(score_net, critic, critic_target, *optimizers, q_scale, skipped)
 
 
 def minimise(optimizer: torch.optim.Adam, loss: Tensor) -> Tensor:
@@ -274,15 +272,18 @@ def update(learner: Learner, batch: Batch, noise: Noise, schedule: Schedule, arg
     new_q_scale = q_scale.lerp(torch.stack([q_grad_abs, torch.ones_like(q_grad_abs)]), 0.001)
     if args.normalize_q_grad:
         q_grad = q_grad / (new_q_scale[0] / new_q_scale[1]).clamp_min(1e-12)
-    # Eps is minus sigma_t times the score, hence the sign (SML:279; its README has a plus).
-    drift = args.alpha * q_grad
-    target = posterior_mean(drift, noisy_actions, abar, schedule) if posterior else -drift  # (B, A)
-    if posterior:  # above FAR a tangent to Q cannot tell of several hills; one step later it may
+    drift = args.alpha * q_grad  # (B, A), the score of exp(alpha Q)
+    if posterior:
+        target = posterior_mean(drift, noisy_actions, abar, schedule)  # (B, A)
+        # With much noise a tangent to Q finds one of several hills only. There the target is the
+        # network's own prediction one step of the sampler later.
         with torch.no_grad():
             later = clean_scale * point + noisy_scale * noisy_actions + betas.sqrt() * noise.steps
             later = score_net(batch.obs, later, (noise.t - 1).clamp_min(0)).clamp(-1, 1)
-        far = (noise.t[:, None] > 0) & ((1 - abar).sqrt() > FAR)  # (B, 1)
-        target = torch.where(far, later, target)
+        much_noise = (noise.t[:, None] > 0) & ((1 - abar).sqrt() > MUCH_NOISE)  # (B, 1)
+        target = torch.where(much_noise, later, target)
+    else:
+        target = -drift  # eps is minus sigma_t times the score (SML:279; its README has a plus)
     actor_loss = (prediction - target).square().mean()
     skipped += minimise(actor_optimizer, actor_loss)
     q_scale.copy_(torch.where(actor_loss.isfinite(), new_q_scale, q_scale))
