@@ -160,7 +160,7 @@ class RunFiles:
         self.events.flush()  # else a killed run lacks events from before its checkpoint
         states = [x if isinstance(x, torch.Tensor) else x.state_dict() for x in learner]
         states = tree_map_only(torch.Tensor, torch.Tensor.cpu, states)
-        model = dict(score_net=states[0], critic=states[1], q_scale=states[5].clone())
+        model = dict(score_net=states[0], critic=states[1], q_scale=states[5])
         model |= dict(args=self.args, global_step=loop[0])
         saved = dict(args=self.args, loop=loop, learner=states, versions=versions(rng))
         sizes = [os.fstat(file.fileno()).st_size for file in self.files[1:]]

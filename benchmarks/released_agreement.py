@@ -93,7 +93,7 @@ def main(clone: Path) -> None:
     for step in range(5):
         actions = torch.from_numpy(rng.uniform(-1, 1, (B, ACT)).astype(np.float32))
         batch = Batch(normal(B, OBS), actions, normal(B), normal(B, OBS), (normal(B) > 0.5).float())
-        normals = normal(T + 1, B, ACT), normal(B, ACT)
+        normals = normal(T + 1, B, ACT), normal(B, ACT), torch.empty(0)  # no steps: not used here
         noise = Noise(*normals, torch.from_numpy(rng.integers(0, T, B)))
         # In the order of its draws: a_T, a step noise for every t (the last times 0), the rest.
         *sampling, action_noise = noise.next_actions

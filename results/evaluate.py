@@ -42,9 +42,9 @@ def load_policy(run: Path) -> tuple[Args, Learner, int]:
     with runfiles.reading(run / "model.pt") as path:
         model = torch.load(path, map_location="cpu", weights_only=True)
         args = Args(**model["args"])
-        obs_dim = model["score_net"]["first.weight"].shape[1] - 128  # less action and time
         act_dim = len(model["score_net"]["out.bias"])
-        learner = make_learner(args, obs_dim - act_dim, act_dim, "cpu")
+        obs_dim = model["critic"]["weights.0"].shape[1] - act_dim
+        learner = make_learner(args, obs_dim, act_dim, "cpu")
         learner.score_net.load_state_dict(model["score_net"])
         learner.critic.load_state_dict(model["critic"])
         learner.q_scale.copy_(model["q_scale"])
