@@ -37,12 +37,16 @@ class Snapshot(gym.Wrapper):
 
     @property
     def snapshot(self) -> bytes | None:
-        shared = ["env", "func", "spec", "action_space", "observation_space", "_saved_kwargs"]
+        wrapping = ["env", "func", "_saved_kwargs"]
+        constant = ["spec", "action_space", "observation_space"]
         if hasattr(self.unwrapped, "mujoco_renderer"):
-            shared += ["mujoco_renderer", "model"]  # megabytes of constants
+            constant += ["mujoco_renderer", "model"]  # megabytes
+        states = []
+        for layer in self.layers():
+            shared = constant + (wrapping if isinstance(layer, gym.Wrapper) else [])
+            states.append({k: v for k, v in vars(layer).items() if k not in shared})
         try:
-            layers = [vars(layer).items() for layer in self.layers()]
-            return pickle.dumps([{k: v for k, v in x if k not in shared} for x in layers])
+            return pickle.dumps(states)
         except Exception:  # each simulator fails in its own way
             return None
 
@@ -99,6 +103,14 @@ def make_envs(env_id: str, num_envs: int) -> SyncVectorEnv:
     return SyncVectorEnv([partial(make_env, env_id)] * num_envs, autoreset_mode=mode)
 
 
+def guarded(function, *args, **options):
+    """function(*args, **options), but any exception, since simulators raise any, is a UserError."""
+    try:
+        return function(*args, **options)
+    except Exception as error:
+        raise UserError(f"an environment failed ({one_line(error)})") from error
+
+
 def step(envs: SyncVectorEnv, actions: np.ndarray) -> tuple:
     """Step all environments with actions (N, A).
 
@@ -110,10 +122,7 @@ def step(envs: SyncVectorEnv, actions: np.ndarray) -> tuple:
     Raises:
         UserError: an environment failed, or a value is not finite in float32.
     """
-    try:
-        obs, rewards, terminations, truncations, infos = envs.step(actions)
-    except Exception as error:  # a simulator may raise anything
-        raise UserError(f"an environment failed ({one_line(error)})") from error
+    obs, rewards, terminations, truncations, infos = guarded(envs.step, actions)
     next_obs, episodes = obs.copy(), []
     for i in np.flatnonzero(terminations | truncations):
         next_obs[i], episode = infos["final_obs"][i], infos["final_info"]["episode"]

@@ -16,11 +16,11 @@ the score network (as in the ICLR 2024 submission; the ICML text was not at hand
 
 --score-target released does line 6 as the authors' code does: noise a to a_t, and regress
 eps(s, a_t, t) onto -alpha dQ/da(s, a_t). The default, posterior, is ours and has another line 6
-(docs/score_target.md). The network predicts the clean action x(s, a_t, t), the mean of a_0 given
-a_t. At little noise it is regressed onto the mean of exp(alpha g a_0) N(a_t; sqrt(abar_t) a_0,
-1 - abar_t) on [-1, 1] with g = dQ/da(s, x) and abar = alphas_cumprod, exact where Q is linear. At
-much noise it is regressed onto its own prediction one step of the sampler later, since
-E[a_0 | a_t] = E[E[a_0 | a_{t-1}] | a_t]. The score at a_t is (sqrt(abar_t) x - a_t) / (1 - abar_t).
+(docs/score_target.md). The network predicts x(s, a_t, t), the mean clean action given a_t. With
+little noise its target is the mean of exp(alpha g a_0) N(a_t; sqrt(abar_t) a_0, 1 - abar_t) on
+[-1, 1], with g = dQ/da(s, x) and abar = alphas_cumprod: exact where Q is linear. With much noise it
+is the network's own prediction one step of the sampler later: E[a_0 | a_t] = E[E[a_0 | a_{t-1}] |
+a_t]. The score at a_t is (sqrt(abar_t) x - a_t) / (1 - abar_t).
 
 "Released" below is the authors' JAX code, github.com/Alescontrela/score_matching_rl at 2e77893; SML
 is its jaxrl5/agents/score_matching/score_matching_learner.py, DIF its jaxrl5/networks/diffusion.py.
@@ -41,12 +41,12 @@ from tqdm import tqdm
 
 import runfiles
 from buffer import Batch, ReplayBuffer
-from envs import UserError, make_envs, step
+from envs import UserError, guarded, make_envs, step
 from fast import accelerate
 from networks import Critic, ScoreNet
 from runfiles import RunFiles, StopRequest, stop
 
-MUCH_NOISE = 0.4  # sigma_t above which the posterior target uses no gradient: docs/score_target.md
+MUCH_NOISE = 0.4  # sigma_t above which, but for t = 0, the posterior target is a later prediction
 NAMES = "alpha", "diffusion_steps", "beta_schedule", "normalize_q_grad", "critic_lr"
 PRESETS = {"posterior": (10.0, 10, "log-snr", True, 1e-3), "released": (50.0, 5, "vp", False, 3e-4)}
 
@@ -54,11 +54,11 @@ PRESETS = {"posterior": (10.0, 10, "log-snr", True, 1e-3), "released": (50.0, 5,
 @dataclass
 class Args:
     env_id: str = "Humanoid-v4"  # with bounded actions; module:id imports the module first
-    seed: int = 1  # of Python, NumPy, torch, the environments and the action space
+    seed: int = 1  # of Python, NumPy, torch, the environments and all random draws
     device: str = "auto"  # auto (CUDA when there is one), cpu, cuda or cuda:N
     deterministic: bool = False  # the same bits on every run on CUDA too, slower
     tf32: bool = False  # on CUDA: matrix products in TensorFloat-32
-    compile: bool | None = None  # None: if there are 20,000 updates to make, and a compiler
+    compile: bool | None = None  # None: if more than 20,000 updates are to be made
     cuda_graph: bool | None = None  # replay acting and updates as CUDA graphs; None: on CUDA
     run_dir: Path = Path("runs")  # where the folder of this run is made
     track: bool = False  # mirror the event file to Weights & Biases (WANDB_PROJECT, WANDB_ENTITY)
@@ -77,7 +77,7 @@ class Args:
     gamma: float = 0.99  # discount
     tau: float = 0.005  # step of the target critics towards the critics in each update
     actor_lr: float = 3e-4  # Adam learning rate of the score network
-    actor_lr_decay: float = 2.0  # cosine decay to 0 at this many times total_timesteps; 0: constant
+    actor_lr_decay: float = 2.0  # it falls as a cosine, to 0 after so many run lengths; 0: constant
     hidden_dims: tuple[int, ...] = (512, 512)  # of score network and critics (paper: 256 256)
     action_noise: float = 0.1  # std of Gaussian noise on behaviour and target actions
     candidates: int = 1  # actions drawn to act; the one with the highest min-Q acts (paper: 1)
@@ -109,7 +109,7 @@ class Schedule(NamedTuple):
 
 
 def make_schedule(name: str, diffusion_steps: int, device: torch.device | str = "cpu") -> Schedule:
-    """The released schedules vp, cosine and linear (DIF:8-32), and log-snr, in float64.
+    """The released schedules vp, cosine and linear (DIF:8-32), and log-snr; computed in float64.
 
     log-snr is ours: equal steps in the log of the signal-to-noise ratio, sigma_t from 0.1 to 0.995.
     """
@@ -130,8 +130,8 @@ def make_schedule(name: str, diffusion_steps: int, device: torch.device | str = 
     abar_before = torch.cat([torch.ones(1), abar[:-1]])  # of t - 1
     clean_scale = abar_before.sqrt() * betas / (1 - abar)
     noisy_scale = (1 - betas).sqrt() * (1 - abar_before) / (1 - abar)
-    # A sum over nodes h apart of a Gaussian of width s has the relative error 2 exp(-2 (pi s/h)^2),
-    # 5e-9 for h = s. G Gauss-Legendre nodes are at most pi / G apart: here half the least width.
+    # Nodes h apart integrate a Gaussian of width s to a relative 2 exp(-2 (pi s / h)^2), 5e-9 at
+    # h = s. Gauss-Legendre nodes are at most pi / G apart: here at most half the least width.
     least_width = ((1 - abar[0]) / abar[0]).sqrt().item()
     nodes, weights = np.polynomial.legendre.leggauss(max(64, math.ceil(2 * math.pi / least_width)))
     quadrature = torch.from_numpy(nodes), torch.from_numpy(weights).log()
@@ -143,34 +143,35 @@ def make_schedule(name: str, diffusion_steps: int, device: torch.device | str = 
 def sample_actions(score_net, obs: Tensor, noise: Tensor, schedule: Schedule, args: Args) -> Tensor:
     """Actions of the policy by DDPM ancestral sampling, (B, O) -> (B, A) in [-1, 1].
 
-    `noise` is standard normal, (T + 1, B, A): the start a_T, T - 1 step noises, the action noise
-    (zeros for none). It is an argument, so that a CUDA graph never replays the same noise.
+    `noise` is standard normal, (T, B, A): the start a_T and T - 1 step noises; the last step adds
+    none. It is an argument, so that a CUDA graph never replays the same noise.
     """
     betas, alphas, abar, clean_scale, noisy_scale, *_ = schedule
     T = len(betas)
-    # beta_t, as released: with few steps DDPM's other variance makes the samples too narrow.
+    # A step's noise has the variance beta_t, as released. DDPM's smaller one makes the samples too
+    # narrow where T is small.
     eps_scale, rescale, noise_scale = betas * (1 - abar).rsqrt(), alphas.rsqrt(), betas.sqrt()
     time_features = score_net.time_features()  # (T, H)
     obs_features = score_net.obs_features(obs)  # (B, H)
     a_t = noise[0]  # (B, A), not clamped
     for t in reversed(range(T)):
         prediction = score_net.denoise(obs_features + time_features[t], a_t)  # at (obs, a_t, t)
-        step_noise = noise_scale[t] * noise[T - t] if t > 0 else 0  # action noise comes below
+        step_noise = noise_scale[t] * noise[T - t] if t > 0 else 0
         if args.score_target == "posterior":
-            # The clean action; to the mean of a_{t-1} given it and a_t.
+            # The prediction is the clean action: go to the mean of a_{t-1} given it and a_t.
             a_t = clean_scale[t] * prediction.clamp(-1, 1) + noisy_scale[t] * a_t + step_noise
         else:
             # Eps; clamped to the box after every step (DIF:85-94).
             a_t = (rescale[t] * (a_t - eps_scale[t] * prediction) + step_noise).clamp(-1, 1)
-    return (a_t + args.action_noise * noise[-1]).clamp(-1, 1)  # SML:193-195 and 299-301
+    return a_t.clamp(-1, 1)
 
 
 class Noise(NamedTuple):
     """All randomness of one update, drawn ahead: the update is a function of its arguments."""
 
-    next_actions: Tensor  # (T + 1, B, A) standard normal, for sample_actions at s'
+    next_actions: Tensor  # (T + 1, B, A) standard normal, for sample_actions at s', action noise
     actions: Tensor  # (B, A) standard normal, for the forward diffusion of the replayed actions
-    steps: Tensor  # (B, A) standard normal, for one step of the sampler from there
+    steps: Tensor  # (B, A) standard normal, for the sampler's step from a_t to a_{t-1}
     t: Tensor  # (B,) integers, uniform on 0 .. T-1 (SML:250)
 
 
@@ -212,7 +213,7 @@ class Learner(NamedTuple):
     critic_target: Critic
     actor_optimizer: torch.optim.Adam
     critic_optimizer: torch.optim.Adam
-    q_scale: Tensor  # (2,), exponential averages from 0 of mean |dQ/da| and of 1, to be divided
+    q_scale: Tensor  # (2,), decayed sums of mean |dQ/da| and of 1; their ratio is a running mean
     skipped: Tensor  # (), number of optimizer steps left out because their loss was not finite
 
 
@@ -251,18 +252,18 @@ def update(learner: Learner, batch: Batch, noise: Noise, schedule: Schedule, arg
     # Line 4: TD target (SML:180-210). Only a termination ends the sum; time limits bootstrap.
     with torch.no_grad():  # the score network itself acts: there is no target actor
         next_actions = sample_actions(score_net, batch.next_obs, noise.next_actions, schedule, args)
+        action_noise = args.action_noise * noise.next_actions[-1]  # as released, SML:193-195
+        next_actions = (next_actions + action_noise).clamp(-1, 1)  # (B, A)
         next_q = critic_target(batch.next_obs, next_actions).amin(0)  # (B,), clipped double Q
         y = batch.rewards + args.gamma * (1 - batch.terminations) * next_q  # (B,)
 
     # Line 5: critics (SML:214-222).
     q = critic(batch.obs, batch.actions)  # (2, B)
-    if y.shape != q.shape[1:]:  # it would broadcast
-        raise ValueError(f"rewards and terminations must be (B,), y is {tuple(y.shape)}")
     critic_loss = (q - y).square().mean(1).sum()
     skipped += minimise(critic_optimizer, critic_loss)
 
-    # Line 6: score network. The replayed action is noised to level t (SML:250-259). dQ/da is taken
-    # at the clean action predicted there; released: at the noised action (SML:263-269).
+    # Line 6: score network. The replayed action is noised to level t (SML:250-259). dQ/da is that
+    # of the online critics, at the clean action predicted there; released: at the noised action.
     betas, _, abar, clean_scale, noisy_scale = (x[noise.t, None] for x in schedule[:5])  # (B, 1)
     noisy_actions = abar.sqrt() * batch.actions + (1 - abar).sqrt() * noise.actions  # (B, A)
     prediction = score_net(batch.obs, noisy_actions, noise.t)  # (B, A), clean action; released: eps
@@ -283,7 +284,7 @@ def update(learner: Learner, batch: Batch, noise: Noise, schedule: Schedule, arg
         much_noise = (noise.t[:, None] > 0) & ((1 - abar).sqrt() > MUCH_NOISE)  # (B, 1)
         target = torch.where(much_noise, later, target)
     else:
-        target = -drift  # eps is minus sigma_t times the score (SML:279; its README has a plus)
+        target = -drift  # eps points against the score (SML:279; its README has a plus)
     actor_loss = (prediction - target).square().mean()
     skipped += minimise(actor_optimizer, actor_loss)
     q_scale.copy_(torch.where(actor_loss.isfinite(), new_q_scale, q_scale))
@@ -298,7 +299,7 @@ def update(learner: Learner, batch: Batch, noise: Noise, schedule: Schedule, arg
         "losses/q_values": q.detach().mean(),
         "diffusion/q_grad_abs": q_grad_abs,
         "diffusion/target_abs": target.abs().mean(),
-        "diffusion/bound_share": (next_actions.abs() == 1).float().mean(),  # with action noise
+        "diffusion/bound_share": (next_actions.abs() == 1).float().mean(),  # after action noise
     }
 
 
@@ -312,15 +313,15 @@ def actor_lr_at(num_updates: int, args: Args) -> float:
 def act(learner: Learner, obs: Tensor, noise: Tensor, schedule: Schedule, args: Args) -> Tensor:
     """Draw K actions per state and return the one with the highest min-Q, (B, O) -> (B, A).
 
-    `noise` as for `sample_actions`, but (T + 1, K B, A). K = 1 is the paper's policy.
+    `noise` is standard normal, (T + 1, K B, A): that of `sample_actions`, and the action noise
+    (SML:299-301; zeros for none). K = 1 is the paper's policy.
     """
     K, B = noise.shape[1] // len(obs), len(obs)
-    if K == 1:
-        return sample_actions(learner.score_net, obs, noise, schedule, args)
-    obs_K, still = obs.repeat(K, 1), torch.cat([noise[:-1], torch.zeros_like(noise[-1:])])
-    actions = sample_actions(learner.score_net, obs_K, still, schedule, args)  # (K B, A)
-    best = learner.critic(obs_K, actions).amin(0).view(K, B).argmax(0)  # (B,)
-    actions = actions.view(K, B, -1)[best, torch.arange(B, device=best.device)]
+    obs_K = obs.repeat(K, 1)  # (K B, O)
+    actions = sample_actions(learner.score_net, obs_K, noise, schedule, args)  # (K B, A)
+    if K > 1:
+        best = learner.critic(obs_K, actions).amin(0).view(K, B).argmax(0)  # (B,)
+        actions = actions.view(K, B, -1)[best, torch.arange(B, device=best.device)]
     return (actions + args.action_noise * noise[-1, :B]).clamp(-1, 1)
 
 
@@ -333,8 +334,8 @@ def evaluate(learner: Learner, envs, schedule: Schedule, args: Args, stopped=lam
     device, seed, N = schedule.betas.device, args.seed + 1_000_000, envs.num_envs
     shape = len(schedule.betas) + 1, args.candidates * N, *envs.single_action_space.shape
     generator = torch.Generator(device).manual_seed(seed)
-    obs, _ = envs.reset(seed=seed)
-    episodes: dict[int, tuple] = {}  # one of each environment: short ones do not count more often
+    obs, _ = guarded(envs.reset, seed=seed)
+    episodes = {}  # the first of each environment: those that end first would be the short ones
     while len(episodes) < N:
         if stopped():
             return None
@@ -354,9 +355,9 @@ def main(args: Args) -> Path:
     device, T = runfiles.prepare(args), args.diffusion_steps
     envs = make_envs(args.env_id, args.num_envs)
     eval_envs = make_envs(args.env_id, args.eval_episodes)
-    global_step, num_updates, saved_obs = saved["loop"] if saved else (0, 0, None)
-    # Env i gets i more. A run resumed without its simulators does not see its first episodes again.
-    obs, _ = envs.reset(seed=args.seed + global_step)
+    global_step, num_updates, saved_obs, metrics = saved["loop"] if saved else (0, 0, None, {})
+    first_step = global_step  # in the seed: new episodes after a resume are not the first again
+    obs, _ = guarded(envs.reset, seed=args.seed + first_step)
     (obs_dim,), (act_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
     learner = make_learner(args, obs_dim, act_dim, device)
     buffer = ReplayBuffer(args.buffer_size, obs_dim, act_dim, device)
@@ -367,14 +368,15 @@ def main(args: Args) -> Path:
         obs = saved_obs
     files = RunFiles(args, saved)
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", mininterval=1.0)
-    metrics, returns, stop_request = {}, deque(maxlen=10), StopRequest()
+    returns, stop_request = deque(maxlen=10), StopRequest()
 
     def save(envs) -> bool:
-        return files.save((global_step, num_updates, obs), learner, buffer, envs, rng)
+        loop = global_step, num_updates, obs, dict(metrics)
+        return files.save(loop, learner, buffer, envs, rng)
 
     try:
         while True:
-            # Evaluate: at step 0, after the steps below, again where a signal broke it off.
+            # Evaluate and save. A resumed run repeats an evaluation that a signal broke off.
             due = args.eval_every and global_step % args.eval_every < args.num_envs
             if due and files.last_evaluation < global_step:
                 try:
@@ -384,6 +386,9 @@ def main(args: Args) -> Path:
                     tqdm.write(f"step {global_step}: no evaluation, {error}")
             if global_step >= args.total_timesteps or stop_request():
                 break
+            due = args.checkpoint_every and global_step % args.checkpoint_every < args.num_envs
+            if due and global_step > first_step:
+                save(envs)
 
             # Act (Algorithm 1 line 2): uniformly at random at first, then with the policy.
             obs_tensor = torch.as_tensor(obs, dtype=torch.float32, device=device)  # (N, O)
@@ -395,10 +400,10 @@ def main(args: Args) -> Path:
                 actions = act_fast(learner, obs_tensor, noise, schedule, args)  # (N, A)
             actions_cpu = actions.cpu().numpy()
             if not np.isfinite(actions_cpu).all():
-                raise UserError("the actions are not finite: try a lower --actor-lr or --alpha")
+                raise UserError("the actions are not finite: begin anew with a lower --actor-lr")
 
-            # Until floor(utd * steps since learning_starts) updates are made. Batches lack the step
-            # below: a GPU updates while the environments step.
+            # Update until floor(utd * steps since learning_starts) updates are made. The step below
+            # is not in the buffer yet: a GPU can update while the environments step.
             while num_updates < math.floor((global_step - args.learning_starts) * args.utd + 1e-9):
                 learner.actor_optimizer.param_groups[0]["lr"].fill_(actor_lr_at(num_updates, args))
                 noise = draw_noise(T, args.batch_size, act_dim, rng)
@@ -406,14 +411,14 @@ def main(args: Args) -> Path:
                 metrics = update_fast(learner, batch, noise, schedule, args)
                 num_updates += 1
 
-            # Step and store.
+            # Step and store; terminations are 0 at a time limit.
             rewards, next_obs, terminations, obs, episodes = step(envs, actions_cpu)
             new = (torch.from_numpy(x).to(device) for x in (rewards, next_obs, terminations))
             buffer.add(Batch(obs_tensor, actions, *new))
             global_step += args.num_envs
             progress.update(args.num_envs)
 
-            # Log and save.
+            # Log.
             for episode in episodes:
                 files.log_episode(global_step, *episode)
                 returns.append(episode[1])
@@ -421,16 +426,15 @@ def main(args: Args) -> Path:
             if metrics and global_step % args.log_every < args.num_envs:
                 files.log_scalars(global_step, metrics)
                 if learner.skipped > 0:
-                    learner.skipped.zero_()
-                    raise UserError("a loss is not finite: try a lower --critic-lr or --actor-lr")
-            due = args.checkpoint_every and global_step % args.checkpoint_every < args.num_envs
-            if due and global_step < args.total_timesteps:
-                save(envs)
+                    break
+        if learner.skipped > 0:
+            learner.skipped.zero_()
+            raise UserError("a loss is not finite: begin anew with a lower --critic-lr")
         if not save(envs):
             stop(f"step {global_step} could not be saved")
     except UserError as error:  # the environments may be what is broken
-        save(None)
-        raise UserError(f"{error}. To go on with new episodes: --resume {files.path}") from error
+        hint = f". To go on with new episodes: --resume {files.path}" if save(None) else ""
+        raise UserError(f"{error}{hint}") from error
     finally:
         for closable in (stop_request, progress, files, envs, eval_envs):
             closable.close()

@@ -41,7 +41,7 @@ RANGES = {
 
 def stop(message: object, code: int = 1) -> NoReturn:
     """End the program with one line on stderr."""
-    tqdm.write(f"qsm.py: {' '.join(str(message).split())}", file=sys.stderr)  # not into a bar
+    tqdm.write(f"qsm.py: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -162,6 +162,7 @@ class RunFiles:
         states = tree_map_only(torch.Tensor, torch.Tensor.cpu, states)
         model = dict(score_net=states[0], critic=states[1], q_scale=states[5])
         model |= dict(args=self.args, global_step=loop[0])
+        loop = tree_map_only(torch.Tensor, torch.Tensor.cpu, loop)
         saved = dict(args=self.args, loop=loop, learner=states, versions=versions(rng))
         sizes = [os.fstat(file.fileno()).st_size for file in self.files[1:]]
         saved |= dict(files=(sizes, self.last_evaluation), rng=rng.get_state())
@@ -174,7 +175,7 @@ class RunFiles:
             for file in self.files[1:]:
                 os.fsync(file.fileno())  # no row from before a checkpoint may be lost
             torch.save(saved, pickled := io.BytesIO())
-            torch.save(model, policy := io.BytesIO())  # to a full disk: a RuntimeError
+            torch.save(model, policy := io.BytesIO())  # straight to a full disk: a RuntimeError
             with whole_file(self.path / "checkpoint.npz") as file:
                 np.savez(file, saved=np.frombuffer(pickled.getvalue(), np.uint8), **rows)
             with whole_file(self.path / "model.pt") as file:
@@ -217,9 +218,11 @@ def whole_file(path: Path):
 
 
 def versions(rng: torch.Generator) -> dict[str, str]:
-    """What the bits of a run depend on, beside its arguments."""
-    names = "torch", "numpy", "gymnasium", "mujoco"
-    return {"device": rng.device.type} | {x: importlib.metadata.version(x) for x in names}
+    """Versions and machine that the bits of a run depend on."""
+    found = {x.name: x.version for x in importlib.metadata.distributions()}
+    names = [x for x in ("torch", "numpy", "gymnasium", "mujoco") if x in found]
+    machine = {"device": rng.device.type, "threads": torch.get_num_threads()}
+    return machine | {x: found[x] for x in names}
 
 
 def locked(folder: Path):
@@ -234,6 +237,7 @@ def locked(folder: Path):
 
 @contextlib.contextmanager
 def reading(path: Path | str):
+    """Whatever goes wrong with a file ends in one line."""
     try:
         yield path
     except (UserError, MemoryError):
@@ -244,11 +248,15 @@ def reading(path: Path | str):
 
 def load_checkpoint(args) -> tuple:
     """(arguments, what `restore` takes, on the CPU) of the run args.resume, which it locks."""
+    if not (args.resume / "checkpoint.npz").exists():
+        raise UserError(f"{args.resume} has no checkpoint.npz")
     with reading(args.resume / "checkpoint.npz") as path:
-        lock, arrays = locked(args.resume), dict(np.load(path))  # checks every checksum
-        pickled = io.BytesIO(arrays.pop("saved"))
+        lock, archive = locked(args.resume), np.load(path)  # arrays are read when asked for
+        if damaged := archive.zip.testzip():
+            raise ValueError(f"the checksum of {damaged} is wrong")
+        pickled = io.BytesIO(archive["saved"])
         saved = torch.load(pickled, map_location="cpu", weights_only=False)
-        saved |= {"buffer": arrays, "lock": lock}
+        saved |= {"buffer": archive, "lock": lock}
         return replace(type(args)(**saved["args"]), resume=args.resume), saved
 
 
@@ -264,8 +272,8 @@ def restore(saved: dict, learner, buffer, envs, rng: torch.Generator) -> bool:
             else:
                 part.copy_(state) if isinstance(part, torch.Tensor) else part.load_state_dict(state)
         buffer.size, buffer.position = saved["size"], saved["position"]
-        for name, rows in saved.pop("buffer").items():
-            getattr(buffer.storage, name)[: buffer.size] = torch.from_numpy(rows)
+        for name, stored in buffer.storage._asdict().items():
+            stored[: buffer.size] = torch.from_numpy(saved["buffer"][name])
         before, now = saved["versions"], versions(rng)
         if before != now:
             print(f"not bit for bit: saved with {before}, resumed with {now}")

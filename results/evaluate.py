@@ -19,7 +19,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import runfiles
-from envs import UserError, make_env
+from envs import UserError, make_env, one_line
 from qsm import Args, Learner, evaluate, make_learner, make_schedule
 
 
@@ -60,7 +60,7 @@ def make_video_env(env_id: str, path: Path) -> gym.Env:
         return gym.wrappers.RecordVideo(env, str(path.parent), **options)
     except Exception as error:
         hint = "videos need moviepy, and libegl1 or, with MUJOCO_GL=osmesa, libosmesa6"
-        raise UserError(f"cannot record: {runfiles.one_line(error)}; {hint}") from None
+        raise UserError(f"cannot record: {one_line(error)}; {hint}") from None
 
 
 @runfiles.errors_in_one_line()
@@ -68,6 +68,8 @@ def main(flags: Evaluation) -> None:
     args, learner, global_step = load_policy(flags.run)
     if ":" in args.env_id and flags.env_id != args.env_id:  # gym.make imports, and so runs, it
         raise UserError(f"the model names code; if you trust it, add --env-id {args.env_id}")
+    if min(flags.episodes, flags.candidates or 1) < 1:
+        raise UserError("--episodes and --candidates must be at least 1")
     args = replace(args, seed=flags.seed, candidates=flags.candidates or args.candidates)
     makers = [partial(make_env, args.env_id)] * flags.episodes
     if flags.video:
