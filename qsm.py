@@ -267,8 +267,8 @@ def update(learner: Learner, batch: Batch, noise: Noise, schedule: Schedule, arg
     betas, _, abar, clean_scale, noisy_scale = (x[noise.t, None] for x in schedule[:5])  # (B, 1)
     noisy_actions = abar.sqrt() * batch.actions + (1 - abar).sqrt() * noise.actions  # (B, A)
     prediction = score_net(batch.obs, noisy_actions, noise.t)  # (B, A), clean action; released: eps
-    point = prediction.detach().clamp(-1, 1) if posterior else noisy_actions  # (B, A)
-    q_grad = q_gradient(critic, batch.obs, point)  # (B, A)
+    clean = prediction.detach().clamp(-1, 1)  # (B, A)
+    q_grad = q_gradient(critic, batch.obs, clean if posterior else noisy_actions)  # (B, A)
     q_grad_abs = q_grad.abs().mean()
     new_q_scale = q_scale.lerp(torch.stack([q_grad_abs, torch.ones_like(q_grad_abs)]), 0.001)
     if args.normalize_q_grad:
@@ -279,7 +279,7 @@ def update(learner: Learner, batch: Batch, noise: Noise, schedule: Schedule, arg
         # With much noise a tangent to Q finds one of several hills only. There the target is the
         # network's own prediction one step of the sampler later.
         with torch.no_grad():
-            later = clean_scale * point + noisy_scale * noisy_actions + betas.sqrt() * noise.steps
+            later = clean_scale * clean + noisy_scale * noisy_actions + betas.sqrt() * noise.steps
             later = score_net(batch.obs, later, (noise.t - 1).clamp_min(0)).clamp(-1, 1)
         much_noise = (noise.t[:, None] > 0) & ((1 - abar).sqrt() > MUCH_NOISE)  # (B, 1)
         target = torch.where(much_noise, later, target)
