@@ -46,7 +46,6 @@ from fast import accelerate
 from networks import Critic, ScoreNet
 from runfiles import RunFiles, StopRequest, stop
 
-MUCH_NOISE = 0.4  # sigma_t above which, but for t = 0, the posterior target is a later prediction
 NAMES = "alpha", "diffusion_steps", "beta_schedule", "normalize_q_grad", "critic_lr"
 PRESETS = {"posterior": (10.0, 10, "log-snr", True, 1e-3), "released": (50.0, 5, "vp", False, 3e-4)}
 
@@ -83,6 +82,7 @@ class Args:
     candidates: int = 1  # actions drawn to act; the one with the highest min-Q acts (paper: 1)
 
     score_target: Literal["posterior", "released"] = "posterior"  # what the network learns
+    tangent_sigma: float = 0.4  # posterior: the largest sigma_t at which dQ/da is used; 1: at all
     # None: the value of PRESETS for the score target
     alpha: float | None = None  # inverse temperature (released: M_q), higher is greedier; 10 or 50
     diffusion_steps: int | None = None  # denoising steps T; 10 or 5
@@ -276,12 +276,12 @@ def update(learner: Learner, batch: Batch, noise: Noise, schedule: Schedule, arg
     drift = args.alpha * q_grad  # (B, A), the score of exp(alpha Q)
     if posterior:
         target = posterior_mean(drift, noisy_actions, abar, schedule)  # (B, A)
-        # With much noise a tangent to Q finds one of several hills only. There the target is the
-        # network's own prediction one step of the sampler later.
+        # With much noise a tangent to Q finds one of several hills only. There, but for t = 0, the
+        # target is the network's own prediction one step of the sampler later.
         with torch.no_grad():
             later = clean_scale * clean + noisy_scale * noisy_actions + betas.sqrt() * noise.steps
             later = score_net(batch.obs, later, (noise.t - 1).clamp_min(0)).clamp(-1, 1)
-        much_noise = (noise.t[:, None] > 0) & ((1 - abar).sqrt() > MUCH_NOISE)  # (B, 1)
+        much_noise = (noise.t[:, None] > 0) & ((1 - abar).sqrt() > args.tangent_sigma)  # (B, 1)
         target = torch.where(much_noise, later, target)
     else:
         target = -drift  # eps points against the score (SML:279; its README has a plus)

@@ -34,7 +34,7 @@ RANGES = {
     f"{COUNTS} candidates": (1, 10**12),
     "learning_starts eval_every checkpoint_every actor_lr_decay action_noise alpha": (0, 10**12),
     "utd actor_lr critic_lr": (1e-9, 10**6),
-    "gamma tau": (0, 1),
+    "gamma tau tangent_sigma": (0, 1),
     "seed": (0, 2**32 - 1),
 }
 

@@ -463,7 +463,7 @@ def oracle_samples(q_grad, args: Args, n: int = 20_000) -> torch.Tensor:
     for t, x in enumerate(tables):
         beta, _, abar, clean, noisy = (values[t] for values in schedule[:5])
         for _ in range(400):
-            if t > 0 and (1 - abar).sqrt() > qsm.MUCH_NOISE:
+            if t > 0 and (1 - abar).sqrt() > args.tangent_sigma:
                 later = predict(clean * x + noisy * GRID + beta.sqrt() * NORMAL, t - 1)
                 target = later.mean(1, keepdim=True)
             else:
