@@ -49,12 +49,18 @@ DECOMPOSITIONS = {  # compiled in place of kernels of torch, to be fused with wh
 }
 
 
-def keep_freed_memory() -> None:
-    """Else glibc returns freed tensors to Linux, and an update on a CPU takes 1.15 of the time."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, its maximum
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+def tune(device: torch.device, tf32: bool = False) -> None:
+    """Choose the matrix products and, on a CPU, the memory allocator of this process."""
+    torch.set_float32_matmul_precision("high" if tf32 and device.type == "cuda" else "highest")
+    if device.type == "cpu":  # MKL can be slow on AMD; "medium" is oneDNN, which may use bfloat16
+        torch.set_float32_matmul_precision("medium")
+        x = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
+        if (x[0] @ x[1] - x[0].double() @ x[1].double()).abs().max() > 1e-3:  # float32: 1e-5
+            torch.set_float32_matmul_precision("highest")
+        libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+        if hasattr(libc, "mallopt"):  # else glibc returns freed tensors, and updates fault in pages
+            libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, its maximum
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def tensors_in(learner) -> list[torch.Tensor]:
@@ -83,8 +89,6 @@ def accelerate(function, args, device: torch.device):
     cuda, fast = device.type == "cuda", function
     if args.cuda_graph and not cuda:
         raise UserError(f"--cuda-graph True needs a CUDA device, not {device}")
-    if not cuda:
-        keep_freed_memory()
     many = args.utd * (args.total_timesteps - args.learning_starts) > 20_000
     if args.compile or (args.compile is None and many):
         fast = compiled(fast, not cuda)

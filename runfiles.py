@@ -27,6 +27,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from envs import UserError, one_line
+from fast import tune
 
 DISK = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENOTDIR
 COUNTS = "total_timesteps num_envs eval_episodes log_every buffer_size batch_size diffusion_steps"
@@ -77,7 +78,7 @@ def prepare(args) -> torch.device:
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
         torch.use_deterministic_algorithms(True)
-    torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
+    tune(torch.device(name), args.tf32)
     for seed in (random.seed, np.random.seed, torch.manual_seed):  # of whatever an environment uses
         seed(args.seed)
     return torch.device(name)

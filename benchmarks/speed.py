@@ -107,6 +107,7 @@ def our_update(mode: str, obs_dim: int, act_dim: int, width: int, device: torch.
     for stored in buffer.storage:
         stored.normal_()
     buffer.size = buffer.capacity
+    fast.tune(device)
     update = fast.accelerate(qsm.update, args, device)
 
     def function() -> None:

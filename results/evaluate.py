@@ -20,6 +20,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import runfiles
 from envs import UserError, make_env, one_line
+from fast import tune
 from qsm import Args, Learner, evaluate, make_learner, make_schedule
 
 
@@ -77,7 +78,7 @@ def main(flags: Evaluation) -> None:
         path = flags.run / f"videos/step-{global_step}-seed-{args.seed}"
         makers[0] = partial(make_video_env, args.env_id, path)
     envs = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
-    torch.manual_seed(args.seed)
+    tune(torch.device("cpu"))  # as in training: products round alike
     schedule = make_schedule(args.beta_schedule, args.diffusion_steps)
     episodes = evaluate(learner, envs, schedule, args)
     envs.close()
