@@ -82,7 +82,7 @@ class Args:
     candidates: int = 1  # actions drawn to act; the one with the highest min-Q acts (paper: 1)
 
     score_target: Literal["posterior", "released"] = "posterior"  # what the network learns
-    tangent_sigma: float = 0.4  # posterior: the largest sigma_t at which dQ/da is used; 1: at all
+    tangent_sigma: float = 0.4  # posterior: largest sigma_t at which dQ/da is used; 1: at every t
     # None: the value of PRESETS for the score target
     alpha: float | None = None  # inverse temperature (released: M_q), higher is greedier; 10 or 50
     diffusion_steps: int | None = None  # denoising steps T; 10 or 5
