@@ -82,7 +82,7 @@ class Args:
     candidates: int = 1  # actions drawn to act; the one with the highest min-Q acts (paper: 1)
 
     score_target: Literal["posterior", "released"] = "posterior"  # what the network learns
-    tangent_sigma: float = 0.4  # posterior: largest sigma_t at which dQ/da is used; 1: at every t
+    tangent_levels: float = 0.3  # posterior: share of the levels t, from 0 up, that use dQ/da
     # None: the value of PRESETS for the score target
     alpha: float | None = None  # inverse temperature (released: M_q), higher is greedier; 10 or 50
     diffusion_steps: int | None = None  # denoising steps T; 10 or 5
@@ -172,14 +172,18 @@ class Noise(NamedTuple):
     next_actions: Tensor  # (T + 1, B, A) standard normal, for sample_actions at s', action noise
     actions: Tensor  # (B, A) standard normal, for the forward diffusion of the replayed actions
     steps: Tensor  # (B, A) standard normal, for the sampler's step from a_t to a_{t-1}
-    t: Tensor  # (B,) integers, uniform on 0 .. T-1 (SML:250)
+    t: Tensor  # (B,) levels: 0 .. T-1 in this order, in equal shares; released: random (SML:250)
 
 
-def draw_noise(T: int, batch_size: int, act_dim: int, generator: torch.Generator) -> Noise:
+def draw_noise(args: Args, act_dim: int, generator: torch.Generator) -> Noise:
     """Fresh randomness for one update, on the generator's device."""
-    on = dict(device=generator.device, generator=generator)
-    normal = torch.randn(T + 3, batch_size, act_dim, **on)
-    return Noise(normal[:-2], normal[-2], normal[-1], torch.randint(T, (batch_size,), **on))
+    T, B, on = args.diffusion_steps, args.batch_size, dict(device=generator.device)
+    normal = torch.randn(T + 3, B, act_dim, **on, generator=generator)
+    if args.score_target == "posterior":
+        t = torch.arange(B, **on) * T // B
+    else:
+        t = torch.randint(T, (B,), **on, generator=generator)
+    return Noise(normal[:-2], normal[-2], normal[-1], t)
 
 
 def q_gradient(critic: Critic, obs: Tensor, actions: Tensor) -> Tensor:
@@ -268,21 +272,24 @@ def update(learner: Learner, batch: Batch, noise: Noise, schedule: Schedule, arg
     noisy_actions = abar.sqrt() * batch.actions + (1 - abar).sqrt() * noise.actions  # (B, A)
     prediction = score_net(batch.obs, noisy_actions, noise.t)  # (B, A), clean action; released: eps
     clean = prediction.detach().clamp(-1, 1)  # (B, A)
-    q_grad = q_gradient(critic, batch.obs, clean if posterior else noisy_actions)  # (B, A)
+    point = clean if posterior else noisy_actions
+    # Only the first n rows, those of the least noisy levels, use dQ/da; released: all.
+    T, B = len(schedule.betas), len(noise.t)
+    n = math.ceil(math.ceil(args.tangent_levels * T) * B / T) if posterior else B
+    q_grad = q_gradient(critic, batch.obs[:n], point[:n])  # (n, A)
     q_grad_abs = q_grad.abs().mean()
     new_q_scale = q_scale.lerp(torch.stack([q_grad_abs, torch.ones_like(q_grad_abs)]), 0.001)
     if args.normalize_q_grad:
         q_grad = q_grad / (new_q_scale[0] / new_q_scale[1]).clamp_min(1e-12)
-    drift = args.alpha * q_grad  # (B, A), the score of exp(alpha Q)
+    drift = args.alpha * q_grad  # (n, A), the score of exp(alpha Q)
     if posterior:
-        target = posterior_mean(drift, noisy_actions, abar, schedule)  # (B, A)
-        # With much noise a tangent to Q finds one of several hills only. There, but for t = 0, the
-        # target is the network's own prediction one step of the sampler later.
+        target = posterior_mean(drift, noisy_actions[:n], abar[:n], schedule)  # (n, A)
+        # With much noise a tangent to Q finds one of several hills only. The target of the other
+        # rows is the network's own prediction one step of the sampler later.
         with torch.no_grad():
             later = clean_scale * clean + noisy_scale * noisy_actions + betas.sqrt() * noise.steps
-            later = score_net(batch.obs, later, (noise.t - 1).clamp_min(0)).clamp(-1, 1)
-        much_noise = (noise.t[:, None] > 0) & ((1 - abar).sqrt() > args.tangent_sigma)  # (B, 1)
-        target = torch.where(much_noise, later, target)
+            later = score_net(batch.obs[n:], later[n:], noise.t[n:] - 1).clamp(-1, 1)  # (B - n, A)
+        target = torch.cat([target, later])  # (B, A)
     else:
         target = -drift  # eps points against the score (SML:279; its README has a plus)
     actor_loss = (prediction - target).square().mean()
@@ -406,7 +413,7 @@ def main(args: Args) -> Path:
             # is not in the buffer yet: a GPU can update while the environments step.
             while num_updates < math.floor((global_step - args.learning_starts) * args.utd + 1e-9):
                 learner.actor_optimizer.param_groups[0]["lr"].fill_(actor_lr_at(num_updates, args))
-                noise = draw_noise(T, args.batch_size, act_dim, rng)
+                noise = draw_noise(args, act_dim, rng)
                 batch = buffer.sample(args.batch_size, rng)
                 metrics = update_fast(learner, batch, noise, schedule, args)
                 num_updates += 1

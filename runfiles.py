@@ -35,7 +35,8 @@ RANGES = {
     f"{COUNTS} candidates": (1, 10**12),
     "learning_starts eval_every checkpoint_every actor_lr_decay action_noise alpha": (0, 10**12),
     "utd actor_lr critic_lr": (1e-9, 10**6),
-    "gamma tau tangent_sigma": (0, 1),
+    "gamma tau": (0, 1),
+    "tangent_levels": (1e-9, 1),
     "seed": (0, 2**32 - 1),
 }
 
@@ -70,6 +71,8 @@ def prepare(args) -> torch.device:
         raise UserError(f"--hidden-dims must be positive widths, got {args.hidden_dims}")
     if args.buffer_size < args.num_envs:
         raise UserError(f"--buffer-size must be at least --num-envs, got {args.buffer_size}")
+    if args.batch_size < args.diffusion_steps:  # some levels would never be learned
+        raise UserError(f"--batch-size must be at least --diffusion-steps, got {args.batch_size}")
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     devices = ["cpu", *(["cuda", *gpus] if gpus else [])]
     name = args.device.replace("auto", "cuda" if gpus else "cpu")

@@ -286,15 +286,18 @@ def check_gradients(net: torch.nn.Module, loss: torch.Tensor) -> None:
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-7)
 
 
-@both_targets
-def test_losses_and_gradients_by_hand(score_target):
+@pytest.mark.parametrize(
+    ("score_target", "levels"), [("released", 10), ("posterior", 3), ("posterior", 10)]
+)
+def test_losses_and_gradients_by_hand(score_target, levels):
     """Lines 4 to 6 in float64 with real networks, written anew; the two critics differ."""
     args = Args(score_target=score_target, alpha=2.0, gamma=0.9, normalize_q_grad=False, tau=0.0)
+    args.diffusion_steps, args.batch_size, args.tangent_levels = 10, 64, levels / 10
     torch.manual_seed(0)
     net, critic = ScoreNet(OBS, ACT, (8, 8), 10).double(), Critic(OBS, ACT, (8, 8)).double()
     target_critic = Critic(OBS, ACT, (8, 8)).double().requires_grad_(False)
     schedule, batch = doubles(make_schedule("log-snr", 10)), doubles(random_batch(64))
-    noise, learner = doubles(draw_noise(10, 64, ACT, generator())), learner_of(net, critic)
+    noise, learner = doubles(draw_noise(args, ACT, generator())), learner_of(net, critic)
     learner = learner._replace(critic_target=target_critic)
     metrics = update(learner, batch, noise, schedule, args)
 
@@ -325,7 +328,7 @@ def test_losses_and_gradients_by_hand(score_target):
         mean = abar.sqrt() * x / variance + alpha.sqrt() * noisy_actions / (1 - alpha)
         a_before = mean / precision + (1 - alpha).sqrt() * noise.steps
         later = net(batch.obs, a_before, before).detach().clamp(-1, 1)
-        target = torch.where(noise.t[:, None] >= 3, later, target)  # sigma_t is 0.27, 0.42 at 2, 3
+        target = torch.where(noise.t[:, None] >= levels, later, target)
     actor_loss = ((prediction - target) ** 2).mean()
     assert metrics["losses/actor_loss"].item() == pytest.approx(actor_loss.item(), rel=1e-6)
     check_gradients(net, actor_loss)
@@ -334,7 +337,7 @@ def test_losses_and_gradients_by_hand(score_target):
 def test_posterior_asks_for_the_gradient_inside_the_box_only():
     """Whatever the network predicts; the noised actions are outside."""
     schedule, batch, asked = make_schedule("log-snr", 10), random_batch(64), []
-    noise = draw_noise(10, 64, ACT, generator())
+    noise = draw_noise(Args(batch_size=64), ACT, generator())
 
     def q(obs, actions):
         asked.append(actions.abs().max().item())
@@ -347,15 +350,16 @@ def test_posterior_asks_for_the_gradient_inside_the_box_only():
 
 
 def test_gradient_scale_is_the_running_mean_and_makes_the_target_scale_free():
-    schedule, losses = make_schedule("log-snr", 10), []
+    args, schedule, losses = Args(batch_size=64), make_schedule("log-snr", 10), []
     for reward_scale in (1.0, 10.0):
         q = Fixed(lambda obs, actions, k=reward_scale: k * quadratic(obs, actions))
         learner, values = learner_of(FixedScore(lambda a, t: torch.zeros_like(a)), q), []
         for seed in range(4):
-            noise = draw_noise(10, 64, ACT, generator(seed))
-            metrics = update(learner, random_batch(64, seed), noise, schedule, Args())
+            noise = draw_noise(args, ACT, generator(seed))
+            metrics = update(learner, random_batch(64, seed), noise, schedule, args)
             values.append(metrics["diffusion/q_grad_abs"].item())
-        exact = 2 * reward_scale * random_batch(64, 3).obs[:, :ACT].abs().mean()  # at x = 0
+        little_noise = random_batch(64, 3).obs[:20, :ACT]  # t = 0, 1, 2
+        exact = 2 * reward_scale * little_noise.abs().mean()  # at x = 0
         assert values[-1] == pytest.approx(exact.item(), rel=1e-5)
         weights = [0.999**k for k in (3, 2, 1, 0)]
         expected = sum(w * v for w, v in zip(weights, values)) / sum(weights)
@@ -366,11 +370,11 @@ def test_gradient_scale_is_the_running_mean_and_makes_the_target_scale_free():
 
 
 def test_update_moves_critics_targets_and_score_as_stated():
-    args = Args(hidden_dims=(16, 16), tau=0.1)
+    args = Args(hidden_dims=(16, 16), tau=0.1, batch_size=32)
     learner, schedule = make_learner(args, OBS, ACT, "cpu"), make_schedule("log-snr", 10)
     for seed in range(3):
         old = [[p.clone() for p in net.parameters()] for net in learner[:3]]
-        noise = draw_noise(10, 32, ACT, generator(seed))
+        noise = draw_noise(args, ACT, generator(seed))
         metrics = update(learner, random_batch(32), noise, schedule, args)
         new = [list(net.parameters()) for net in learner[:3]]
         for x, before, online in zip(new[2], old[2], new[1]):
@@ -393,9 +397,10 @@ def equal(xs, ys) -> bool:
 @both_targets
 def test_update_with_a_non_finite_loss_changes_nothing(score_target):
     """A NaN reward spoils the critic's loss and nothing else; a NaN observation spoils both."""
-    args = Args(score_target=score_target, hidden_dims=(8, 8), diffusion_steps=3, tau=0.0)
+    args = Args(score_target=score_target, hidden_dims=(8, 8), diffusion_steps=3, batch_size=B)
+    args.tau = 0.0
     learner, schedule = make_learner(args, OBS, ACT, "cpu"), make_schedule("cosine", 3)
-    batch, noise, row = random_batch(), draw_noise(3, B, ACT, generator()), torch.tensor([2])
+    batch, noise, row = random_batch(), draw_noise(args, ACT, generator()), torch.tensor([2])
     update(learner, batch, noise, schedule, args)
     critics = [*learner.critic.parameters(), *learner.critic_target.parameters()]
     critics_before, before = [p.clone() for p in critics], everything_in(learner)
@@ -416,12 +421,12 @@ def test_update_with_a_non_finite_loss_changes_nothing(score_target):
 
 
 def test_wrong_shapes_raise():
-    batch, args = random_batch(), Args(hidden_dims=(8,))
+    batch, args = random_batch(), Args(hidden_dims=(8,), batch_size=B)
     learner, schedule = make_learner(args, OBS, ACT, "cpu"), make_schedule("log-snr", 10)
     for name in ("rewards", "terminations"):
         bad = batch._replace(**{name: getattr(batch, name)[:, None]})
         with pytest.raises(RuntimeError, match="size of tensor"):
-            update(learner, bad, draw_noise(10, B, ACT, generator()), schedule, args)
+            update(learner, bad, draw_noise(args, ACT, generator()), schedule, args)
         with pytest.raises(ValueError, match=name):
             ReplayBuffer(10, OBS, ACT).add(bad)
 
@@ -463,7 +468,7 @@ def oracle_samples(q_grad, args: Args, n: int = 20_000) -> torch.Tensor:
     for t, x in enumerate(tables):
         beta, _, abar, clean, noisy = (values[t] for values in schedule[:5])
         for _ in range(400):
-            if t > 0 and (1 - abar).sqrt() > args.tangent_sigma:
+            if t >= args.tangent_levels * args.diffusion_steps:
                 later = predict(clean * x + noisy * GRID + beta.sqrt() * NORMAL, t - 1)
                 target = later.mean(1, keepdim=True)
             else:
@@ -543,7 +548,7 @@ def learn_hills(centers: list, reward_scale: float = 1.0, steps: int = 2000, n: 
         actions = 2 * torch.rand(256, 2, generator=g) - 1
         batch = Batch(obs, actions, torch.zeros(256), obs, torch.ones(256))
         learner.actor_optimizer.param_groups[0]["lr"].fill_(actor_lr_at(k, args))
-        update(learner, batch, draw_noise(T, 256, 2, g), schedule, args)
+        update(learner, batch, draw_noise(args, 2, g), schedule, args)
     noise = torch.randn(T + 1, n, 2, generator=generator(1))
     net = learner.score_net
     samples = [sample_actions(net, state.expand(n, 2), noise, schedule, args) for state in STATES]
@@ -624,7 +629,7 @@ FAST += [pytest.param("cuda", compile_, None, marks=needs_cuda) for compile_ in 
 @pytest.mark.parametrize(("device", "compile_", "stand_in"), FAST)
 def test_fast_updates_and_actions_agree_with_eager(device, compile_, stand_in, monkeypatch, capsys):
     """Compiled; captured on CUDA; as traced; where the compiler fails. NaN is in one batch."""
-    args = Args(hidden_dims=(16, 16), diffusion_steps=3, compile=compile_)
+    args = Args(hidden_dims=(16, 16), diffusion_steps=3, batch_size=16, compile=compile_)
     schedule, results = make_schedule("cosine", 3, device), []
     if stand_in:
         monkeypatch.setattr(torch._inductor, "compile", stand_in)
@@ -635,7 +640,7 @@ def test_fast_updates_and_actions_agree_with_eager(device, compile_, stand_in, m
         for seed in range(4):
             batch = Batch(*(x.to(device) for x in random_batch(16, seed)))
             batch.rewards[0] = math.nan if seed == 2 else 30.0  # for large squared gradients
-            noise = draw_noise(3, 16, ACT, torch.Generator(device).manual_seed(seed))
+            noise = draw_noise(args, ACT, torch.Generator(device).manual_seed(seed))
             metrics = update_once(learner, batch, noise, schedule, args)
         assert learner.skipped == 1
         actions = act_once(learner, batch.obs, noise.next_actions, schedule, args)
@@ -651,7 +656,7 @@ def test_fast_updates_and_actions_agree_with_eager(device, compile_, stand_in, m
 def test_updates_on_two_threads_give_the_same_bits_every_time(compiled):
     """At sizes that are worth threads. A scatter of gradients fails here."""
     args, schedule = Args(hidden_dims=(256, 256), diffusion_steps=5), make_schedule("cosine", 5)
-    learner, noise = make_learner(args, OBS, ACT, "cpu"), draw_noise(5, 256, ACT, generator())
+    learner, noise = make_learner(args, OBS, ACT, "cpu"), draw_noise(args, ACT, generator())
     inputs = learner, random_batch(256), noise, schedule, args
     update_once = fast.compiled(update, on_cpu=True) if compiled else update
     update(*inputs)
@@ -668,9 +673,9 @@ def test_updates_on_two_threads_give_the_same_bits_every_time(compiled):
 
 def test_update_and_acting_never_read_a_value():
     """On a GPU that would be a synchronisation. Fake tensors have no values: reading one raises."""
-    args = Args(hidden_dims=(16, 16))
+    args = Args(hidden_dims=(16, 16), batch_size=B)
     learner, schedule = make_learner(args, OBS, ACT, "cpu"), make_schedule("log-snr", 10)
-    data = random_batch(), draw_noise(10, B, ACT, generator()), schedule
+    data = random_batch(), draw_noise(args, ACT, generator()), schedule
     with FakeTensorMode() as mode:
         fakes = {id(x): mode.from_tensor(x) for x in fast.tensors_in(learner)}
         learner, data = copy.deepcopy(learner, fakes), tree_map(mode.from_tensor, data)
@@ -724,7 +729,7 @@ gym.register("Square-v0", Counter, kwargs={"action_shape": (2, 2)})
 
 def quick(run_dir: Path, **changes) -> Args:
     """Arguments of a run that takes a moment: 60 steps, updates from step 20 on."""
-    quick = dict(env_id="Counter-v0", hidden_dims=(8,), batch_size=4, buffer_size=1000)
+    quick = dict(env_id="Counter-v0", hidden_dims=(8,), batch_size=16, buffer_size=1000)
     quick |= dict(learning_starts=20, total_timesteps=60, eval_every=0, log_every=20)
     return Args(**quick | dict(device="cpu", compile=False, run_dir=run_dir) | changes)
 
@@ -1109,6 +1114,7 @@ def test_video_of_the_first_episode(finished, monkeypatch, capsys):
 
 IMPOSSIBLE = [("gamma", 1.5), ("gamma", math.nan), ("total_timesteps", 0), ("seed", -1)]
 IMPOSSIBLE += [("utd", 0.0), ("hidden_dims", ()), ("alpha", -1.0), ("num_envs", 1001)]
+IMPOSSIBLE += [("tangent_levels", 0.0), ("batch_size", 9)]
 IMPOSSIBLE += [("device", "tpu"), ("device", "cuda:99"), ("cuda_graph", True)]
 IMPOSSIBLE = [(name, value, "--" + name.replace("_", "-")) for name, value in IMPOSSIBLE]
 IMPOSSIBLE += [("env_id", "CartPole-v1", "1-D Box"), ("env_id", "Square-v0", "1-D Box")]

@@ -111,7 +111,7 @@ def our_update(mode: str, obs_dim: int, act_dim: int, width: int, device: torch.
     update = fast.accelerate(qsm.update, args, device)
 
     def function() -> None:
-        noise = qsm.draw_noise(args.diffusion_steps, args.batch_size, act_dim, rng)
+        noise = qsm.draw_noise(args, act_dim, rng)
         update(learner, buffer.sample(args.batch_size, rng), noise, schedule, args)
         if device.type == "cuda":
             torch.cuda.synchronize()

@@ -78,7 +78,7 @@ def train(target: str):
             obs, actions, torch.zeros(B), obs, torch.ones(B)
         )  # every step ends an episode: no TD target
         learner.actor_optimizer.param_groups[0]["lr"].fill_(3e-3 * (1 - step / (STEPS[-1] + 1)))
-        update(learner, batch, draw_noise(T, B, 2, rng), schedule, args)
+        update(learner, batch, draw_noise(args, 2, rng), schedule, args)
     scale = (learner.q_scale[0] / learner.q_scale[1]).item() if args.normalize_q_grad else 1.0
     return snapshots, args.alpha / scale
 
