@@ -196,7 +196,7 @@ def q_gradient(critic: Critic, obs: Tensor, actions: Tensor) -> Tensor:
         return torch.func.grad(lambda a: critic(obs, a).mean(0).sum())(actions)
 
 
-def posterior_mean(drift: Tensor, a_t: Tensor, abar: Tensor, schedule: Schedule) -> Tensor:
+def posterior_mean(drift: Tensor | float, a_t: Tensor, abar: Tensor, schedule: Schedule) -> Tensor:
     """E[a_0 | a_t] for Q with the slope drift / alpha, (B, A) in [-1, 1]; docs/score_target.md.
 
     p(a_0 | a_t) ~ exp(drift a_0) N(a_t; sqrt(abar) a_0, 1 - abar) on [-1, 1] is a product over
@@ -266,22 +266,28 @@ def update(learner: Learner, batch: Batch, noise: Noise, schedule: Schedule, arg
     critic_loss = (q - y).square().mean(1).sum()
     skipped += minimise(critic_optimizer, critic_loss)
 
-    # Line 6: score network. The replayed action is noised to level t (SML:250-259). dQ/da is that
-    # of the online critics, at the clean action predicted there; released: at the noised action.
+    # Line 6: score network. The replayed action is noised to level t (SML:250-259).
     betas, _, abar, clean_scale, noisy_scale = (x[noise.t, None] for x in schedule[:5])  # (B, 1)
     noisy_actions = abar.sqrt() * batch.actions + (1 - abar).sqrt() * noise.actions  # (B, A)
     prediction = score_net(batch.obs, noisy_actions, noise.t)  # (B, A), clean action; released: eps
-    clean = prediction.detach().clamp(-1, 1)  # (B, A)
-    point = clean if posterior else noisy_actions
-    # Only the first n rows, those of the least noisy levels, use dQ/da; released: all.
-    T, B = len(schedule.betas), len(noise.t)
-    n = math.ceil(math.ceil(args.tangent_levels * T) * B / T) if posterior else B
-    q_grad = q_gradient(critic, batch.obs[:n], point[:n])  # (n, A)
+    if posterior:
+        # The first n rows, those of the least noisy levels, use dQ/da of the online critics.
+        T, B = len(schedule.betas), len(noise.t)
+        n = math.ceil(math.ceil(args.tangent_levels * T) * B / T)
+        clean = prediction.detach().clamp(-1, 1)  # (B, A)
+        # Its smaller value at two points, the clean action predicted and that of a flat Q; 0 if the
+        # signs differ: the tangent must not lead across a hill or a valley between the two.
+        flat = posterior_mean(0.0, noisy_actions[:n], abar[:n], schedule)  # (n, A)
+        points = torch.cat([clean[:n], flat])  # (2n, A)
+        here, there = q_gradient(critic, batch.obs[:n].repeat(2, 1), points).chunk(2)  # (n, A)
+        q_grad = (here.sign() + there.sign()) / 2 * here.abs().minimum(there.abs())
+    else:
+        q_grad = q_gradient(critic, batch.obs, noisy_actions)  # (B, A)
     q_grad_abs = q_grad.abs().mean()
     new_q_scale = q_scale.lerp(torch.stack([q_grad_abs, torch.ones_like(q_grad_abs)]), 0.001)
     if args.normalize_q_grad:
         q_grad = q_grad / (new_q_scale[0] / new_q_scale[1]).clamp_min(1e-12)
-    drift = args.alpha * q_grad  # (n, A), the score of exp(alpha Q)
+    drift = args.alpha * q_grad  # the score of exp(alpha Q)
     if posterior:
         target = posterior_mean(drift, noisy_actions[:n], abar[:n], schedule)  # (n, A)
         # With much noise a tangent to Q finds one of several hills only. The target of the other
