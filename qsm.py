@@ -18,9 +18,10 @@ the score network (as in the ICLR 2024 submission; the ICML text was not at hand
 eps(s, a_t, t) onto -alpha dQ/da(s, a_t). The default, posterior, is ours and has another line 6
 (docs/score_target.md). The network predicts x(s, a_t, t), the mean clean action given a_t. With
 little noise its target is the mean of exp(alpha g a_0) N(a_t; sqrt(abar_t) a_0, 1 - abar_t) on
-[-1, 1], with g = dQ/da(s, x) and abar = alphas_cumprod: exact where Q is linear. With much noise it
-is the network's own prediction one step of the sampler later: E[a_0 | a_t] = E[E[a_0 | a_{t-1}] |
-a_t]. The score at a_t is (sqrt(abar_t) x - a_t) / (1 - abar_t).
+[-1, 1], exact where Q is linear; abar = alphas_cumprod, and g is the smaller of dQ/da(s, x) and
+dQ/da(s, the same mean for g = 0). With much noise it is the network's own prediction one step of
+the sampler later: E[a_0 | a_t] = E[E[a_0 | a_{t-1}] | a_t]. The score at a_t is
+(sqrt(abar_t) x - a_t) / (1 - abar_t).
 
 "Released" below is the authors' JAX code, github.com/Alescontrela/score_matching_rl at 2e77893; SML
 is its jaxrl5/agents/score_matching/score_matching_learner.py, DIF its jaxrl5/networks/diffusion.py.
@@ -271,12 +272,12 @@ def update(learner: Learner, batch: Batch, noise: Noise, schedule: Schedule, arg
     noisy_actions = abar.sqrt() * batch.actions + (1 - abar).sqrt() * noise.actions  # (B, A)
     prediction = score_net(batch.obs, noisy_actions, noise.t)  # (B, A), clean action; released: eps
     if posterior:
-        # The first n rows, those of the least noisy levels, use dQ/da of the online critics.
+        # The first n rows, those of the least noisy levels, use dQ/da.
         T, B = len(schedule.betas), len(noise.t)
         n = math.ceil(math.ceil(args.tangent_levels * T) * B / T)
+        # Its smaller value at two clean actions, the predicted one and that of a flat Q, and 0 if
+        # the signs differ: a tangent does not lead over a hill or a valley between the two.
         clean = prediction.detach().clamp(-1, 1)  # (B, A)
-        # Its smaller value at two points, the clean action predicted and that of a flat Q; 0 if the
-        # signs differ: the tangent must not lead across a hill or a valley between the two.
         flat = posterior_mean(0.0, noisy_actions[:n], abar[:n], schedule)  # (n, A)
         points = torch.cat([clean[:n], flat])  # (2n, A)
         here, there = q_gradient(critic, batch.obs[:n].repeat(2, 1), points).chunk(2)  # (n, A)
@@ -290,8 +291,8 @@ def update(learner: Learner, batch: Batch, noise: Noise, schedule: Schedule, arg
     drift = args.alpha * q_grad  # the score of exp(alpha Q)
     if posterior:
         target = posterior_mean(drift, noisy_actions[:n], abar[:n], schedule)  # (n, A)
-        # With much noise a tangent to Q finds one of several hills only. The target of the other
-        # rows is the network's own prediction one step of the sampler later.
+        # With much noise a tangent favours the hill of Q that is next to the middle. The target of
+        # the other rows is the network's own prediction one step of the sampler later.
         with torch.no_grad():
             later = clean_scale * clean + noisy_scale * noisy_actions + betas.sqrt() * noise.steps
             later = score_net(batch.obs[n:], later[n:], noise.t[n:] - 1).clamp(-1, 1)  # (B - n, A)
