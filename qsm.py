@@ -18,10 +18,10 @@ the score network (as in the ICLR 2024 submission; the ICML text was not at hand
 eps(s, a_t, t) onto -alpha dQ/da(s, a_t). The default, posterior, is ours and has another line 6
 (docs/score_target.md). The network predicts x(s, a_t, t), the mean clean action given a_t. With
 little noise its target is the mean of exp(alpha g a_0) N(a_t; sqrt(abar_t) a_0, 1 - abar_t) on
-[-1, 1], exact where Q is linear; abar = alphas_cumprod, and g is the smaller of dQ/da(s, x) and
-dQ/da(s, the same mean for g = 0). With much noise it is the network's own prediction one step of
-the sampler later: E[a_0 | a_t] = E[E[a_0 | a_{t-1}] | a_t]. The score at a_t is
-(sqrt(abar_t) x - a_t) / (1 - abar_t).
+[-1, 1], exact where Q is linear; abar = alphas_cumprod. The slope g is dQ/da(s, x), limited to
+between 0 and dQ/da at the mean that a flat Q would give. With much noise the target is the
+network's own prediction one step of the sampler later: E[a_0 | a_t] = E[E[a_0 | a_{t-1}] | a_t].
+The score at a_t is (sqrt(abar_t) x - a_t) / (1 - abar_t).
 
 "Released" below is the authors' JAX code, github.com/Alescontrela/score_matching_rl at 2e77893; SML
 is its jaxrl5/agents/score_matching/score_matching_learner.py, DIF its jaxrl5/networks/diffusion.py.
@@ -83,7 +83,7 @@ class Args:
     candidates: int = 1  # actions drawn to act; the one with the highest min-Q acts (paper: 1)
 
     score_target: Literal["posterior", "released"] = "posterior"  # what the network learns
-    tangent_levels: float = 0.3  # posterior: share of the levels t, from 0 up, that use dQ/da
+    tangent_levels: float = 0.3  # posterior: share of levels t, from 0 up, rounded up, with dQ/da
     # None: the value of PRESETS for the score target
     alpha: float | None = None  # inverse temperature (released: M_q), higher is greedier; 10 or 50
     diffusion_steps: int | None = None  # denoising steps T; 10 or 5
@@ -168,22 +168,21 @@ def sample_actions(score_net, obs: Tensor, noise: Tensor, schedule: Schedule, ar
 
 
 class Noise(NamedTuple):
-    """All randomness of one update, drawn ahead: the update is a function of its arguments."""
+    """All that one update draws, ahead: the update is a function of its arguments."""
 
     next_actions: Tensor  # (T + 1, B, A) standard normal, for sample_actions at s', action noise
     actions: Tensor  # (B, A) standard normal, for the forward diffusion of the replayed actions
     steps: Tensor  # (B, A) standard normal, for the sampler's step from a_t to a_{t-1}
-    t: Tensor  # (B,) levels: 0 .. T-1 in this order, in equal shares; released: random (SML:250)
+    t: Tensor  # (B,) levels 0 .. T-1 in equal shares, ascending; released: random (SML:250)
 
 
 def draw_noise(args: Args, act_dim: int, generator: torch.Generator) -> Noise:
     """Fresh randomness for one update, on the generator's device."""
-    T, B, on = args.diffusion_steps, args.batch_size, dict(device=generator.device)
-    normal = torch.randn(T + 3, B, act_dim, **on, generator=generator)
-    if args.score_target == "posterior":
-        t = torch.arange(B, **on) * T // B
-    else:
-        t = torch.randint(T, (B,), **on, generator=generator)
+    T, B, device = args.diffusion_steps, args.batch_size, generator.device
+    normal = torch.randn(T + 3, B, act_dim, device=device, generator=generator)
+    t = torch.arange(B, device=device) * T // B
+    if args.score_target == "released":
+        t = torch.randint(T, (B,), device=device, generator=generator)
     return Noise(normal[:-2], normal[-2], normal[-1], t)
 
 
@@ -218,7 +217,7 @@ class Learner(NamedTuple):
     critic_target: Critic
     actor_optimizer: torch.optim.Adam
     critic_optimizer: torch.optim.Adam
-    q_scale: Tensor  # (2,), decayed sums of mean |dQ/da| and of 1; their ratio is a running mean
+    q_scale: Tensor  # (2,), decayed sums of mean |q_grad| and of 1; their ratio is a running mean
     skipped: Tensor  # (), number of optimizer steps left out because their loss was not finite
 
 
@@ -272,16 +271,20 @@ def update(learner: Learner, batch: Batch, noise: Noise, schedule: Schedule, arg
     noisy_actions = abar.sqrt() * batch.actions + (1 - abar).sqrt() * noise.actions  # (B, A)
     prediction = score_net(batch.obs, noisy_actions, noise.t)  # (B, A), clean action; released: eps
     if posterior:
-        # The first n rows, those of the least noisy levels, use dQ/da.
+        # noise.t ascends. Little noise, the first n rows: the slope of Q is dQ/da at the predicted
+        # clean action, limited (minmod) to between 0 and dQ/da at the clean action of a flat Q: 0
+        # in a coordinate in which a hill or a valley of Q lies between the two.
         T, B = len(schedule.betas), len(noise.t)
         n = math.ceil(math.ceil(args.tangent_levels * T) * B / T)
-        # Its smaller value at two clean actions, the predicted one and that of a flat Q, and 0 if
-        # the signs differ: a tangent does not lead over a hill or a valley between the two.
         clean = prediction.detach().clamp(-1, 1)  # (B, A)
         flat = posterior_mean(0.0, noisy_actions[:n], abar[:n], schedule)  # (n, A)
         points = torch.cat([clean[:n], flat])  # (2n, A)
-        here, there = q_gradient(critic, batch.obs[:n].repeat(2, 1), points).chunk(2)  # (n, A)
-        q_grad = (here.sign() + there.sign()) / 2 * here.abs().minimum(there.abs())
+        at_clean, at_flat = q_gradient(critic, batch.obs[:n].repeat(2, 1), points).chunk(2)
+        q_grad = at_clean.clamp(at_flat.clamp_max(0), at_flat.clamp_min(0))  # (n, A)
+        # Much noise, the other rows: no slope, but the prediction one step of the sampler later.
+        with torch.no_grad():
+            later = clean_scale * clean + noisy_scale * noisy_actions + betas.sqrt() * noise.steps
+            later = score_net(batch.obs[n:], later[n:], noise.t[n:] - 1).clamp(-1, 1)  # (B - n, A)
     else:
         q_grad = q_gradient(critic, batch.obs, noisy_actions)  # (B, A)
     q_grad_abs = q_grad.abs().mean()
@@ -291,11 +294,6 @@ def update(learner: Learner, batch: Batch, noise: Noise, schedule: Schedule, arg
     drift = args.alpha * q_grad  # the score of exp(alpha Q)
     if posterior:
         target = posterior_mean(drift, noisy_actions[:n], abar[:n], schedule)  # (n, A)
-        # With much noise a tangent favours the hill of Q that is next to the middle. The target of
-        # the other rows is the network's own prediction one step of the sampler later.
-        with torch.no_grad():
-            later = clean_scale * clean + noisy_scale * noisy_actions + betas.sqrt() * noise.steps
-            later = score_net(batch.obs[n:], later[n:], noise.t[n:] - 1).clamp(-1, 1)  # (B - n, A)
         target = torch.cat([target, later])  # (B, A)
     else:
         target = -drift  # eps points against the score (SML:279; its README has a plus)

@@ -71,7 +71,7 @@ def prepare(args) -> torch.device:
         raise UserError(f"--hidden-dims must be positive widths, got {args.hidden_dims}")
     if args.buffer_size < args.num_envs:
         raise UserError(f"--buffer-size must be at least --num-envs, got {args.buffer_size}")
-    if args.batch_size < args.diffusion_steps:  # some levels would never be learned
+    if args.score_target == "posterior" and args.batch_size < args.diffusion_steps:
         raise UserError(f"--batch-size must be at least --diffusion-steps, got {args.batch_size}")
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     devices = ["cpu", *(["cuda", *gpus] if gpus else [])]
