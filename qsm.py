@@ -16,12 +16,10 @@ the score network (as in the ICLR 2024 submission; the ICML text was not at hand
 
 --score-target released does line 6 as the authors' code does: noise a to a_t, and regress
 eps(s, a_t, t) onto -alpha dQ/da(s, a_t). The default, posterior, is ours and has another line 6
-(docs/score_target.md). The network predicts x(s, a_t, t), the mean clean action given a_t. With
-little noise its target is the mean of exp(alpha g a_0) N(a_t; sqrt(abar_t) a_0, 1 - abar_t) on
-[-1, 1], exact where Q is linear; abar = alphas_cumprod. The slope g is dQ/da(s, x), limited to
-between 0 and dQ/da at the mean that a flat Q would give. With much noise the target is the
-network's own prediction one step of the sampler later: E[a_0 | a_t] = E[E[a_0 | a_{t-1}] | a_t].
-The score at a_t is (sqrt(abar_t) x - a_t) / (1 - abar_t).
+(docs/score_target.md). The network predicts x(s, a_t, t), the mean clean action given a_t. Its
+target is the mean of exp(alpha g a_0) N(a_t; sqrt(abar_t) a_0, 1 - abar_t) on [-1, 1]; abar =
+alphas_cumprod. The slope g is dQ/da(s, x), limited to between 0 and dQ/da at the mean that a flat Q
+would give: exact where Q is linear. The score at a_t is (sqrt(abar_t) x - a_t) / (1 - abar_t).
 
 "Released" below is the authors' JAX code, github.com/Alescontrela/score_matching_rl at 2e77893; SML
 is its jaxrl5/agents/score_matching/score_matching_learner.py, DIF its jaxrl5/networks/diffusion.py.
@@ -83,7 +81,6 @@ class Args:
     candidates: int = 1  # actions drawn to act; the one with the highest min-Q acts (paper: 1)
 
     score_target: Literal["posterior", "released"] = "posterior"  # what the network learns
-    tangent_levels: float = 0.3  # posterior: share of levels t, from 0 up, rounded up, with dQ/da
     # None: the value of PRESETS for the score target
     alpha: float | None = None  # inverse temperature (released: M_q), higher is greedier; 10 or 50
     diffusion_steps: int | None = None  # denoising steps T; 10 or 5
@@ -172,18 +169,14 @@ class Noise(NamedTuple):
 
     next_actions: Tensor  # (T + 1, B, A) standard normal, for sample_actions at s', action noise
     actions: Tensor  # (B, A) standard normal, for the forward diffusion of the replayed actions
-    steps: Tensor  # (B, A) standard normal, for the sampler's step from a_t to a_{t-1}
-    t: Tensor  # (B,) levels 0 .. T-1 in equal shares, ascending; released: random (SML:250)
+    t: Tensor  # (B,) integers, uniform on 0 .. T-1 (SML:250)
 
 
 def draw_noise(args: Args, act_dim: int, generator: torch.Generator) -> Noise:
     """Fresh randomness for one update, on the generator's device."""
-    T, B, device = args.diffusion_steps, args.batch_size, generator.device
-    normal = torch.randn(T + 3, B, act_dim, device=device, generator=generator)
-    t = torch.arange(B, device=device) * T // B
-    if args.score_target == "released":
-        t = torch.randint(T, (B,), device=device, generator=generator)
-    return Noise(normal[:-2], normal[-2], normal[-1], t)
+    T, B, on = args.diffusion_steps, args.batch_size, dict(device=generator.device)
+    normal = torch.randn(T + 2, B, act_dim, generator=generator, **on)
+    return Noise(normal[:-1], normal[-1], torch.randint(T, (B,), generator=generator, **on))
 
 
 def q_gradient(critic: Critic, obs: Tensor, actions: Tensor) -> Tensor:
@@ -267,36 +260,27 @@ def update(learner: Learner, batch: Batch, noise: Noise, schedule: Schedule, arg
     skipped += minimise(critic_optimizer, critic_loss)
 
     # Line 6: score network. The replayed action is noised to level t (SML:250-259).
-    betas, _, abar, clean_scale, noisy_scale = (x[noise.t, None] for x in schedule[:5])  # (B, 1)
+    abar = schedule.alphas_cumprod[noise.t, None]  # (B, 1)
     noisy_actions = abar.sqrt() * batch.actions + (1 - abar).sqrt() * noise.actions  # (B, A)
     prediction = score_net(batch.obs, noisy_actions, noise.t)  # (B, A), clean action; released: eps
     if posterior:
-        # noise.t ascends. Little noise, the first n rows: the slope of Q is dQ/da at the predicted
-        # clean action, limited (minmod) to between 0 and dQ/da at the clean action of a flat Q: 0
-        # in a coordinate in which a hill or a valley of Q lies between the two.
-        T, B = len(schedule.betas), len(noise.t)
-        n = math.ceil(math.ceil(args.tangent_levels * T) * B / T)
+        # The slope of Q is dQ/da at the predicted clean action, limited (minmod) to between 0 and
+        # dQ/da at the clean action of a flat Q: 0 in a coordinate in which a hill or a valley of Q
+        # lies between the two.
         clean = prediction.detach().clamp(-1, 1)  # (B, A)
-        flat = posterior_mean(0.0, noisy_actions[:n], abar[:n], schedule)  # (n, A)
-        points = torch.cat([clean[:n], flat])  # (2n, A)
-        at_clean, at_flat = q_gradient(critic, batch.obs[:n].repeat(2, 1), points).chunk(2)
-        q_grad = at_clean.clamp(at_flat.clamp_max(0), at_flat.clamp_min(0))  # (n, A)
-        # Much noise, the other rows: no slope, but the prediction one step of the sampler later.
-        with torch.no_grad():
-            later = clean_scale * clean + noisy_scale * noisy_actions + betas.sqrt() * noise.steps
-            later = score_net(batch.obs[n:], later[n:], noise.t[n:] - 1).clamp(-1, 1)  # (B - n, A)
+        flat = posterior_mean(0.0, noisy_actions, abar, schedule)  # (B, A)
+        points = torch.cat([clean, flat])  # (2B, A)
+        at_clean, at_flat = q_gradient(critic, batch.obs.repeat(2, 1), points).chunk(2)  # (B, A)
+        q_grad = at_clean.clamp(at_flat.clamp_max(0), at_flat.clamp_min(0))  # (B, A)
     else:
         q_grad = q_gradient(critic, batch.obs, noisy_actions)  # (B, A)
     q_grad_abs = q_grad.abs().mean()
     new_q_scale = q_scale.lerp(torch.stack([q_grad_abs, torch.ones_like(q_grad_abs)]), 0.001)
     if args.normalize_q_grad:
         q_grad = q_grad / (new_q_scale[0] / new_q_scale[1]).clamp_min(1e-12)
-    drift = args.alpha * q_grad  # the score of exp(alpha Q)
-    if posterior:
-        target = posterior_mean(drift, noisy_actions[:n], abar[:n], schedule)  # (n, A)
-        target = torch.cat([target, later])  # (B, A)
-    else:
-        target = -drift  # eps points against the score (SML:279; its README has a plus)
+    drift = args.alpha * q_grad  # (B, A), the score of exp(alpha Q)
+    # Released: minus, since eps points against the score (SML:279; its README has a plus).
+    target = posterior_mean(drift, noisy_actions, abar, schedule) if posterior else -drift
     actor_loss = (prediction - target).square().mean()
     skipped += minimise(actor_optimizer, actor_loss)
     q_scale.copy_(torch.where(actor_loss.isfinite(), new_q_scale, q_scale))

@@ -36,7 +36,6 @@ RANGES = {
     "learning_starts eval_every checkpoint_every actor_lr_decay action_noise alpha": (0, 10**12),
     "utd actor_lr critic_lr": (1e-9, 10**6),
     "gamma tau": (0, 1),
-    "tangent_levels": (1e-9, 1),
     "seed": (0, 2**32 - 1),
 }
 
@@ -71,8 +70,6 @@ def prepare(args) -> torch.device:
         raise UserError(f"--hidden-dims must be positive widths, got {args.hidden_dims}")
     if args.buffer_size < args.num_envs:
         raise UserError(f"--buffer-size must be at least --num-envs, got {args.buffer_size}")
-    if args.score_target == "posterior" and args.batch_size < args.diffusion_steps:
-        raise UserError(f"--batch-size must be at least --diffusion-steps, got {args.batch_size}")
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     devices = ["cpu", *(["cuda", *gpus] if gpus else [])]
     name = args.device.replace("auto", "cuda" if gpus else "cpu")
