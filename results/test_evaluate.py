@@ -1,0 +1,87 @@
+"""Tests of results/evaluate.py, with the helpers of test_qsm.py."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+import qsm
+from results.evaluate import Evaluation, load_policy, main
+from test_qsm import DAMAGES, Counter, checkpoint, fails, finished, quick, rows, run_of
+
+_ = finished  # a fixture: pytest finds it by its name
+
+
+class Filmed(Counter):
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}  # noqa: RUF012
+
+    def __init__(self, render_mode=None):
+        super().__init__()
+        self.render_mode = render_mode
+
+    def render(self):
+        return np.zeros((16, 16, 3), np.uint8)
+
+
+gym.register("Filmed-v0", Filmed)
+
+
+def test_evaluation_of_a_saved_policy_is_the_one_of_the_run(tmp_path, capsys):
+    changes = dict(env_id="Pendulum-v1", eval_every=60, eval_episodes=3, candidates=4)
+    run = qsm.main(quick(tmp_path, **changes))
+    for candidates in (None, 1):
+        main(Evaluation(run, episodes=3, candidates=candidates))
+        assert f"best of {candidates or 4}, no action noise" in capsys.readouterr().out
+    saved, of_the_run = rows(run / "evaluate.csv"), rows(run / "evaluations.csv")
+    assert saved[:3] == of_the_run[-3:]
+    assert saved[0]["return"] != saved[3]["return"]
+    assert torch.equal(load_policy(run)[1].q_scale, checkpoint(run)["learner"][5])
+
+
+def test_command_line(finished):
+    command = [sys.executable, str(Path(__file__).with_name("evaluate.py")), str(finished)]
+    options = dict(capture_output=True, text=True, timeout=170)
+    result = subprocess.run([*command, "--episodes", "0"], **options)
+    assert (result.returncode, len(result.stderr.strip().splitlines())) == (1, 1)
+    assert "--episodes and --candidates must be at least 1" in result.stderr
+
+
+@pytest.mark.parametrize("damage", sorted({*DAMAGES} - {"flipped"}))  # torch compares no checksum
+def test_unusable_model_gets_one_line(damage, finished, capsys):
+    DAMAGES[damage](finished / "model.pt")
+    before = {path: path.read_bytes() for path in finished.iterdir()}
+    fails(capsys, Evaluation(finished), "model.pt is damaged", main)
+    assert before == {path: path.read_bytes() for path in finished.iterdir()}
+
+
+def test_model_that_names_a_module_imports_it_only_if_asked(monkeypatch, tmp_path, capsys):
+    """--env-id module:id, as gym.make takes it; the folder's name suits every file system."""
+    code = "import gymnasium\ngymnasium.register('Toy-v0', 'test_qsm:Counter')"
+    (tmp_path / "toy.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    run = qsm.main(quick(tmp_path / "runs", env_id="toy:Toy-v0"))
+    assert run.name.startswith("toy-Toy-v0__qsm__1__")
+    monkeypatch.delitem(sys.modules, "toy")
+    fails(capsys, Evaluation(run), "add --env-id toy:Toy-v0", main)
+    assert "toy" not in sys.modules
+    main(Evaluation(run, env_id="toy:Toy-v0"))
+    assert len(rows(run / "evaluate.csv")) == 10
+
+
+def test_video_of_the_first_episode(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(os.environ, "MUJOCO_GL", "egl")  # evaluate.py sets it for good
+    run = qsm.main(quick(tmp_path, env_id="Filmed-v0"))
+    flags = Evaluation(run, episodes=2, video=True)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "moviepy", None)  # makes the import fail
+        fails(capsys, flags, "cannot record: Dependency.*moviepy", main)
+    pytest.importorskip("moviepy", reason="an mp4 needs moviepy, which is optional")
+    main(flags)
+    video = run_of(run / "videos")
+    assert video.name == "step-60-seed-1-episode-0.mp4"
+    assert video.stat().st_size > 500
