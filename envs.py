@@ -69,14 +69,14 @@ def make_env(env_id: str, **options) -> gym.Env:
     """
     try:
         if env_id.startswith("dm_control/"):
-            import shimmy
-
-            gym.register_envs(shimmy)
+            env_id = f"shimmy:{env_id}"  # gym.make imports it
         with warnings.catch_warnings():  # v4 is what the published tables use
             warnings.filterwarnings("ignore", ".*is out of date")
             env = gym.make(env_id, **options)
     except Exception as error:  # an environment's constructor may raise anything
-        hint = "; pip install 'shimmy[dm-control]'" if isinstance(error, ImportError) else ""
+        hint = (
+            "; it needs: pip install 'shimmy[dm-control]'" if env_id.startswith("shimmy:") else ""
+        )
         raise UserError(f"cannot make {env_id}: {one_line(error)}{hint}") from None
 
     actions = env.action_space

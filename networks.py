@@ -3,11 +3,9 @@
 Only torch is imported: the file can be copied alone.
 """
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 
 def linear(in_dim: int, out_dim: int) -> nn.Linear:
@@ -45,18 +43,18 @@ class ScoreNet(nn.Module):
         self.hidden = nn.ModuleList(linear(*io) for io in zip(hidden_dims[:-1], hidden_dims[1:]))
         self.out = linear(hidden_dims[-1], act_dim)
 
-    def time_features(self) -> torch.Tensor:
+    def time_features(self) -> Tensor:
         """The time embedding's share of the first layer for t = 0 .. T-1, with the bias, (T, H)."""
         angles = 2 * torch.pi * self.timesteps[:, None] * self.frequencies  # (T, time_dim / 2)
         x = F.mish(self.time_mlp[0](torch.cat([angles.cos(), angles.sin()], dim=-1)))
         time_weight = self.first.weight.split(self.columns, dim=1)[2]
         return F.linear(self.time_mlp[1](x), time_weight, self.first.bias)
 
-    def obs_features(self, obs: torch.Tensor) -> torch.Tensor:
+    def obs_features(self, obs: Tensor) -> Tensor:
         """The observation's share of the first layer, (B, O) -> (B, H)."""
         return F.linear(obs, self.first.weight.split(self.columns, dim=1)[1])
 
-    def denoise(self, features: torch.Tensor, noisy_actions: torch.Tensor) -> torch.Tensor:
+    def denoise(self, features: Tensor, noisy_actions: Tensor) -> Tensor:
         """The prediction (B, A) from obs_features + time_features (B, H) and a_t (B, A)."""
         act_weight = self.first.weight.split(self.columns, dim=1)[0]
         x = F.mish(features + F.linear(noisy_actions, act_weight))
@@ -64,9 +62,7 @@ class ScoreNet(nn.Module):
             x = F.mish(layer(x))
         return self.out(x)
 
-    def forward(
-        self, obs: torch.Tensor, noisy_actions: torch.Tensor, t: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, obs: Tensor, noisy_actions: Tensor, t: Tensor) -> Tensor:
         """The prediction at (s, a_t, t): (B, O), (B, A), integers (B,) in [0, T) -> (B, A)."""
         one_hot = (t[:, None] == self.timesteps).to(obs.dtype)  # (B, T)
         # Not time_features()[t]: its gradient is a scatter, whose order of summation is random.
@@ -85,7 +81,7 @@ class Critic(nn.Module):
         hidden_dims: widths of the hidden layers of each of the two networks.
     """
 
-    def __init__(self, obs_dim: int, act_dim: int, hidden_dims: Sequence[int] = (512, 512)):
+    def __init__(self, obs_dim: int, act_dim: int, hidden_dims=(512, 512)):
         super().__init__()
         widths = [obs_dim + act_dim, *hidden_dims, 1]
         self.rows = obs_dim, act_dim  # of the first weight
@@ -95,7 +91,7 @@ class Critic(nn.Module):
             for one in weight:  # each alone: of a 3-D tensor torch would take other fans
                 nn.init.xavier_uniform_(one)
 
-    def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
         """Q_1 and Q_2, (B, O) and (B, A) -> (2, B)."""
         (first, *weights), (first_bias, *biases) = self.weights, self.biases
         obs_weight, act_weight = first.split(self.rows, dim=1)

@@ -17,9 +17,9 @@ the score network (as in the ICLR 2024 submission; the ICML text was not at hand
 --score-target released does line 6 as the authors' code does: noise a to a_t, and regress
 eps(s, a_t, t) onto -alpha dQ/da(s, a_t). The default, posterior, is ours and has another line 6
 (docs/score_target.md). The network predicts x(s, a_t, t), the mean clean action given a_t. Its
-target is the mean of exp(alpha g a_0) N(a_t; sqrt(abar_t) a_0, 1 - abar_t) on [-1, 1]; abar =
-alphas_cumprod. The slope g is dQ/da(s, x), limited to between 0 and dQ/da at the mean that a flat Q
-would give: exact where Q is linear. The score at a_t is (sqrt(abar_t) x - a_t) / (1 - abar_t).
+target is the mean of exp(alpha g a) N(a_t; sqrt(abar_t) a, 1 - abar_t) on [-1, 1], exact where Q is
+linear; abar = alphas_cumprod. The slope g is dQ/da at x, limited to between 0 and dQ/da at the mean
+for a flat Q, over a running mean of |g|. The score at a_t is (sqrt(abar_t) x - a_t) / (1 - abar_t).
 
 "Released" below is the authors' JAX code, github.com/Alescontrela/score_matching_rl at 2e77893; SML
 is its jaxrl5/agents/score_matching/score_matching_learner.py, DIF its jaxrl5/networks/diffusion.py.
@@ -27,7 +27,6 @@ is its jaxrl5/agents/score_matching/score_matching_learner.py, DIF its jaxrl5/ne
 
 import copy
 import math
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -43,7 +42,6 @@ from buffer import Batch, ReplayBuffer
 from envs import UserError, guarded, make_envs, step
 from fast import accelerate
 from networks import Critic, ScoreNet
-from runfiles import RunFiles, StopRequest, stop
 
 NAMES = "alpha", "diffusion_steps", "beta_schedule", "normalize_q_grad", "critic_lr"
 PRESETS = {"posterior": (10.0, 10, "log-snr", True, 1e-3), "released": (50.0, 5, "vp", False, 3e-4)}
@@ -100,7 +98,7 @@ class Schedule(NamedTuple):
     betas: Tensor  # (T,)
     alphas: Tensor  # (T,) 1 - betas
     alphas_cumprod: Tensor  # (T,) products of alphas up to and including t
-    clean_scale: Tensor  # (T,) DDPM's mean of a_{t-1} is clean_scale a_0 + noisy_scale a_t
+    clean_scale: Tensor  # (T,) DDPM's mean of a_{t-1} is clean_scale a + noisy_scale a_t
     noisy_scale: Tensor  # (T,)
     nodes: Tensor  # (G,) for posterior_mean
     log_weights: Tensor  # (G,)
@@ -109,7 +107,7 @@ class Schedule(NamedTuple):
 def make_schedule(name: str, diffusion_steps: int, device: torch.device | str = "cpu") -> Schedule:
     """The released schedules vp, cosine and linear (DIF:8-32), and log-snr; computed in float64.
 
-    log-snr is ours: equal steps in the log of the signal-to-noise ratio, sigma_t from 0.1 to 0.995.
+    log-snr is ours: equal steps in log(abar / (1 - abar)), sqrt(1 - abar) from 0.1 to 0.995.
     """
     T = diffusion_steps
     t = torch.arange(T + 1, dtype=torch.float64)
@@ -141,13 +139,12 @@ def make_schedule(name: str, diffusion_steps: int, device: torch.device | str = 
 def sample_actions(score_net, obs: Tensor, noise: Tensor, schedule: Schedule, args: Args) -> Tensor:
     """Actions of the policy by DDPM ancestral sampling, (B, O) -> (B, A) in [-1, 1].
 
-    `noise` is standard normal, (T, B, A): the start a_T and T - 1 step noises; the last step adds
-    none. It is an argument, so that a CUDA graph never replays the same noise.
+    `noise` is standard normal, (T, B, A) or more: the start and T - 1 step noises; the last step
+    adds none. It is an argument, so that a CUDA graph never replays the same noise.
     """
     betas, alphas, abar, clean_scale, noisy_scale, *_ = schedule
     T = len(betas)
-    # A step's noise has the variance beta_t, as released. DDPM's smaller one makes the samples too
-    # narrow where T is small.
+    # Noise of variance beta_t, as released: with DDPM's smaller one few steps sample too narrowly.
     eps_scale, rescale, noise_scale = betas * (1 - abar).rsqrt(), alphas.rsqrt(), betas.sqrt()
     time_features = score_net.time_features()  # (T, H)
     obs_features = score_net.obs_features(obs)  # (B, H)
@@ -190,9 +187,9 @@ def q_gradient(critic: Critic, obs: Tensor, actions: Tensor) -> Tensor:
 
 
 def posterior_mean(drift: Tensor | float, a_t: Tensor, abar: Tensor, schedule: Schedule) -> Tensor:
-    """E[a_0 | a_t] for Q with the slope drift / alpha, (B, A) in [-1, 1]; docs/score_target.md.
+    """E[a | a_t] for Q with the slope drift / alpha, (B, A) in [-1, 1]; docs/score_target.md.
 
-    p(a_0 | a_t) ~ exp(drift a_0) N(a_t; sqrt(abar) a_0, 1 - abar) on [-1, 1] is a product over
+    p(a | a_t) ~ exp(drift a) N(a_t; sqrt(abar) a, 1 - abar) on [-1, 1] is a product over
     coordinates. The mean of each is a softmax over quadrature nodes: finite for all drifts and t.
     """
     slope = drift + a_t * abar.sqrt() / (1 - abar)  # (B, A); abar is (B, 1)
@@ -264,9 +261,8 @@ def update(learner: Learner, batch: Batch, noise: Noise, schedule: Schedule, arg
     noisy_actions = abar.sqrt() * batch.actions + (1 - abar).sqrt() * noise.actions  # (B, A)
     prediction = score_net(batch.obs, noisy_actions, noise.t)  # (B, A), clean action; released: eps
     if posterior:
-        # The slope of Q is dQ/da at the predicted clean action, limited (minmod) to between 0 and
-        # dQ/da at the clean action of a flat Q: 0 in a coordinate in which a hill or a valley of Q
-        # lies between the two.
+        # The slope in a coordinate is the smaller of dQ/da at the prediction and dQ/da at the mean
+        # for a flat Q, and 0 where their signs differ, as over a hill or a valley (minmod).
         clean = prediction.detach().clamp(-1, 1)  # (B, A)
         flat = posterior_mean(0.0, noisy_actions, abar, schedule)  # (B, A)
         points = torch.cat([clean, flat])  # (2B, A)
@@ -294,7 +290,6 @@ def update(learner: Learner, batch: Batch, noise: Noise, schedule: Schedule, arg
         "losses/actor_loss": actor_loss.detach(),
         "losses/q_values": q.detach().mean(),
         "diffusion/q_grad_abs": q_grad_abs,
-        "diffusion/target_abs": target.abs().mean(),
         "diffusion/bound_share": (next_actions.abs() == 1).float().mean(),  # after action noise
     }
 
@@ -362,13 +357,12 @@ def main(args: Args) -> Path:
     rng = torch.Generator(device).manual_seed(args.seed)
     if saved and runfiles.restore(saved, learner, buffer, envs, rng):
         obs = saved_obs
-    files = RunFiles(args, saved)
+    files = runfiles.RunFiles(args, saved)
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", mininterval=1.0)
-    returns, stop_request = deque(maxlen=10), StopRequest()
+    stop_request = runfiles.StopRequest()
 
     def save(envs) -> bool:
-        loop = global_step, num_updates, obs, dict(metrics)
-        return files.save(loop, learner, buffer, envs, rng)
+        return files.save((global_step, num_updates, obs, metrics), learner, buffer, envs, rng)
 
     try:
         while True:
@@ -417,8 +411,7 @@ def main(args: Args) -> Path:
             # Log.
             for episode in episodes:
                 files.log_episode(global_step, *episode)
-                returns.append(episode[1])
-                progress.set_postfix_str(f"return {np.mean(returns):.1f}", refresh=False)
+                progress.set_postfix_str(f"return {episode[1]:.1f}", refresh=False)
             if metrics and global_step % args.log_every < args.num_envs:
                 files.log_scalars(global_step, metrics)
                 if learner.skipped > 0:
@@ -427,7 +420,7 @@ def main(args: Args) -> Path:
             learner.skipped.zero_()
             raise UserError("a loss is not finite: begin anew with a lower --critic-lr")
         if not save(envs):
-            stop(f"step {global_step} could not be saved")
+            runfiles.stop(f"step {global_step} could not be saved")
     except UserError as error:  # the environments may be what is broken
         hint = f". To go on with new episodes: --resume {files.path}" if save(None) else ""
         raise UserError(f"{error}{hint}") from error
@@ -435,7 +428,9 @@ def main(args: Args) -> Path:
         for closable in (stop_request, progress, files, envs, eval_envs):
             closable.close()
     if signum := stop_request():
-        stop(f"stopped at step {global_step}; to continue: --resume {files.path}", 128 + signum)
+        runfiles.stop(
+            f"stopped at step {global_step}; to continue: --resume {files.path}", 128 + signum
+        )
     return files.path
 
 

@@ -57,6 +57,10 @@ def errors_in_one_line():
         if error.errno not in DISK:
             raise
         stop(f"{error.filename or 'the folder of the run'}: {error.strerror}")
+    except RuntimeError as error:
+        if not re.search("(out of|allocate) memory", str(error)):
+            raise
+        stop(f"lower --batch-size, --hidden-dims or --candidates: {one_line(error)}")
 
 
 def prepare(args) -> torch.device:
@@ -163,7 +167,6 @@ class RunFiles:
         states = tree_map_only(torch.Tensor, torch.Tensor.cpu, states)
         model = dict(score_net=states[0], critic=states[1], q_scale=states[5])
         model |= dict(args=self.args, global_step=loop[0])
-        loop = tree_map_only(torch.Tensor, torch.Tensor.cpu, loop)
         saved = dict(args=self.args, loop=loop, learner=states, versions=versions(rng))
         sizes = [os.fstat(file.fileno()).st_size for file in self.files[1:]]
         saved |= dict(files=(sizes, self.last_evaluation), rng=rng.get_state())
@@ -173,8 +176,6 @@ class RunFiles:
         try:
             if not all(p.isfinite().all() for net in learner[:3] for p in net.parameters()):
                 raise UserError("the networks have non-finite weights")
-            for file in self.files[1:]:
-                os.fsync(file.fileno())  # no row from before a checkpoint may be lost
             torch.save(saved, pickled := io.BytesIO())
             torch.save(model, policy := io.BytesIO())  # straight to a full disk: a RuntimeError
             with whole_file(self.path / "checkpoint.npz") as file:
@@ -220,10 +221,9 @@ def whole_file(path: Path):
 
 def versions(rng: torch.Generator) -> dict[str, str]:
     """Versions and machine that the bits of a run depend on."""
-    found = {x.name: x.version for x in importlib.metadata.distributions()}
-    names = [x for x in ("torch", "numpy", "gymnasium", "mujoco") if x in found]
     machine = {"device": rng.device.type, "threads": torch.get_num_threads()}
-    return machine | {x: found[x] for x in names}
+    names = "torch", "numpy", "gymnasium", "mujoco"
+    return machine | {name: importlib.metadata.version(name) for name in names}
 
 
 def locked(folder: Path):
@@ -251,8 +251,9 @@ def load_checkpoint(args) -> tuple:
     """(arguments, what `restore` takes, on the CPU) of the run args.resume, which it locks."""
     if not (args.resume / "checkpoint.npz").exists():
         raise UserError(f"{args.resume} has no checkpoint.npz")
+    lock = locked(args.resume)
     with reading(args.resume / "checkpoint.npz") as path:
-        lock, archive = locked(args.resume), np.load(path)  # arrays are read when asked for
+        archive = np.load(path)  # arrays are read when asked for
         if damaged := archive.zip.testzip():
             raise ValueError(f"the checksum of {damaged} is wrong")
         pickled = io.BytesIO(archive["saved"])

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -161,7 +160,11 @@ def test_schedules_match_their_definitions(T):
     gaps = ((1 - sigma**2) / sigma**2).log().diff()  # of the log of the signal-to-noise ratio
     torch.testing.assert_close(gaps, gaps.mean().expand(T - 1), rtol=1e-3, atol=0)
     # The exponents of vp sum to -b_min - (b_max - b_min) / 2 for all T.
-    assert make_schedule("vp", T).alphas_cumprod[-1].item() == pytest.approx(math.exp(-5.05), 1e-4)
+    vp = make_schedule("vp", T).alphas_cumprod
+    assert vp[-1].item() == pytest.approx(math.exp(-5.05), 1e-4)
+    if T == 5:  # sigma, as in the released code
+        sigma = [0.443, 0.752, 0.917, 0.980, 0.997]
+        assert (1 - vp).sqrt().tolist() == pytest.approx(sigma, abs=5e-4)
     f = [math.cos(math.pi / 2 * (t / T + 0.008) / 1.008) ** 2 for t in range(T + 1)]
     cosine = make_schedule("cosine", T)
     for t in range(T - 1):  # the last beta is cut to 0.999
@@ -169,12 +172,6 @@ def test_schedules_match_their_definitions(T):
     assert cosine.betas[-1].item() == pytest.approx(0.999)
     linear = make_schedule("linear", T).betas
     assert [linear[0].item(), linear[-1].item()] == pytest.approx([1e-4, 2e-2 if T > 1 else 1e-4])
-
-
-def test_vp_schedule_as_in_the_released_code():
-    sigma = (1 - make_schedule("vp", 5).alphas_cumprod).sqrt()
-    expected = torch.tensor([0.443, 0.752, 0.917, 0.980, 0.997])
-    torch.testing.assert_close(sigma, expected, atol=5e-4, rtol=0)
 
 
 def test_released_sampler_with_a_linear_score_has_the_closed_form_mean_and_variance():
@@ -195,20 +192,18 @@ def test_released_sampler_with_a_linear_score_has_the_closed_form_mean_and_varia
     assert samples.var().item() == pytest.approx(var, rel=5 * math.sqrt(2 / n))
 
 
-@both_targets
-def test_sampler_recovers_a_gaussian_from_its_exact_score(score_target):
-    """eps or E[a_0 | a_t] of N(0.2, 0.1^2); 100 steps leave a bias far below the tolerances."""
+def test_posterior_sampler_recovers_a_gaussian_from_its_exact_mean():
+    """E[a | a_t] of N(0.2, 0.1^2); 100 steps leave a bias far below the tolerances."""
     T, mean, std, schedule = 100, 0.2, 0.1, make_schedule("cosine", 100)
 
     def predict(a, t):
         abar = schedule.alphas_cumprod[t]
         residual = (a - abar.sqrt() * mean) / (abar * std**2 + 1 - abar)
-        posterior = score_target == "posterior"
-        return mean + abar.sqrt() * std**2 * residual if posterior else (1 - abar).sqrt() * residual
+        return mean + abar.sqrt() * std**2 * residual
 
     noise = torch.randn(T + 1, 20_000, 1, generator=generator())
-    args = Args(score_target=score_target, action_noise=0.0)
-    samples = sample_actions(FixedScore(predict), torch.zeros(20_000, OBS), noise, schedule, args)
+    obs = torch.zeros(20_000, OBS)
+    samples = sample_actions(FixedScore(predict), obs, noise, schedule, Args())
     assert samples.mean().item() == pytest.approx(mean, abs=0.005)
     assert samples.std().item() == pytest.approx(std, rel=0.05)
 
@@ -441,7 +436,7 @@ def oracle_samples(q_grad, args: Args, start: float = 0.0, n: int = 20_000) -> t
             return -args.alpha * q_grad(a)
         return torch.from_numpy(np.interp(a, GRID[:, 0], tables[t, :, 0])).float()
 
-    for t, x in enumerate(tables):
+    for t, x in enumerate(tables if args.score_target == "posterior" else ()):
         abar = schedule.alphas_cumprod[t].view(1, 1)
         flat = posterior_mean(0.0, GRID, abar, schedule)
         for _ in range(400):
@@ -494,7 +489,7 @@ def test_oracle_that_starts_on_one_hill_finds_the_other():
     assert 0.25 < (samples > 0).float().mean() < 0.75
 
 
-def test_released_target_does_not():
+def test_released_target_does_not_sample_the_boltzmann_density():
     """A fact about the released form: distance 0.45, a flat Q sends 67 % to the bounds."""
     assert mean_w1("released") > 0.40
     flat = oracle_samples(torch.zeros_like, Args(score_target="released"))
@@ -1030,7 +1025,7 @@ IMPOSSIBLE += [("env_id", "CartPole-v1", "1-D Box"), ("env_id", "Square-v0", "1-
 IMPOSSIBLE += [("env_id", "NoSuchEnv-v0", "cannot make NoSuch"), ("env_id", "Pusher-v4", "mujoco")]
 IMPOSSIBLE += [("env_id", "dm_control/walker-walk-v0", "pip install 'shimmy")]
 IMPOSSIBLE += [("track", True, "pip install wandb"), ("run_dir", Path("/dev/null/x"), "/dev/null")]
-IMPOSSIBLE += [("buffer_size", 10**12, "needs .* GiB")]
+IMPOSSIBLE += [("buffer_size", 10**12, "needs .* GiB"), ("hidden_dims", (10**6,) * 2, "lower --b")]
 
 
 @pytest.mark.parametrize(("name", "value", "message"), IMPOSSIBLE)
@@ -1039,12 +1034,6 @@ def test_impossible_arguments_are_refused(name, value, message, monkeypatch, tmp
         monkeypatch.setitem(sys.modules, package, None)  # makes the import fail
     fails(capsys, quick(**{"run_dir": tmp_path / "runs", name: value}), message)
     assert not (tmp_path / "runs").exists()
-
-
-def test_every_argument_is_read():
-    source = "".join((ROOT / name).read_text() for name in ("qsm.py", "runfiles.py", "fast.py"))
-    for field in fields(Args):
-        assert re.search(rf"\bargs\.{field.name}\b", source), field.name
 
 
 def test_command_line(tmp_path):

@@ -93,9 +93,9 @@ def main(clone: Path) -> None:
     for step in range(5):
         actions = torch.from_numpy(rng.uniform(-1, 1, (B, ACT)).astype(np.float32))
         batch = Batch(normal(B, OBS), actions, normal(B), normal(B, OBS), (normal(B) > 0.5).float())
-        normals = normal(T + 1, B, ACT), normal(B, ACT), torch.empty(0)  # no steps: not used here
-        noise = Noise(*normals, torch.from_numpy(rng.integers(0, T, B)))
-        # In the order of its draws: a_T, a step noise for every t (the last times 0), the rest.
+        levels = torch.from_numpy(rng.integers(0, T, B))
+        noise = Noise(normal(T + 1, B, ACT), normal(B, ACT), levels)
+        # In the order of its draws: the start, a step noise for every t (the last times 0), the rest.
         *sampling, action_noise = noise.next_actions
         draws = *sampling, normal(B, ACT), action_noise, noise.t, noise.actions
         queue[:] = [x.numpy() for x in draws]

@@ -14,8 +14,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from envs import make_envs
-from networks import Critic, ScoreNet
+from networks import Critic
 from qsm import Args, make_schedule, q_gradient, sample_actions
+from results.evaluate import load_policy
 
 SAMPLES = 16
 
@@ -46,16 +47,10 @@ def sample(score, obs: torch.Tensor, args: Args, act_dim: int, noisy: bool = Fal
 def report(run: Path) -> None:
     """Print the rows of one run."""
     torch.manual_seed(0)
-    saved = torch.load(run / "model.pt", weights_only=True)
-    args = Args(
-        **{name: value for name, value in saved["args"].items() if name in Args.__annotations__}
-    )
+    args, learner, _ = load_policy(run)
+    score_net, critic = learner.score_net, learner.critic
     envs = make_envs(args.env_id, 8)
-    obs_dim, act_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
-    score_net = ScoreNet(obs_dim, act_dim, args.hidden_dims, args.diffusion_steps)
-    score_net.load_state_dict(saved["score_net"])
-    critic = Critic(obs_dim, act_dim, args.hidden_dims).requires_grad_(False)
-    critic.load_state_dict(saved["critic"])
+    act_dim = envs.single_action_space.shape[0]
 
     states, obs = [], envs.reset(seed=0)[0]
     for _ in range(64):
@@ -76,7 +71,7 @@ def report(run: Path) -> None:
         bound = (actions.abs() == 1).float().mean()
         std = actions.view(SAMPLES, -1, act_dim).std(0).mean()
         print(
-            f"| {saved['args']['seed']} | {name} | {bound:.2f} | {std:.2f} | {critic(obs, actions).mean():.2f} |"
+            f"| {args.seed} | {name} | {bound:.2f} | {std:.2f} | {critic(obs, actions).mean():.2f} |"
         )
 
 
