@@ -4,7 +4,8 @@
     pip install jax==0.10.2 flax optax                                           # beside requirements.txt
     python benchmarks/released_agreement.py /tmp/released
 
-Prints the largest difference of any parameter after each update. The released learner's random numbers are replaced by
+Prints the largest difference of any parameter after each update: 9e-8. With four other draws it was 9e-8 to 1.2e-7, and
+7e-7 of one weight whose first gradient, 1e-7, is near Adam's eps. The released learner's random numbers are replaced by
 ours, its code is otherwise run as it is (without jit, so that the replacement reaches the sampler's loop).
 """
 
@@ -93,8 +94,8 @@ def main(clone: Path) -> None:
     for step in range(5):
         actions = torch.from_numpy(rng.uniform(-1, 1, (B, ACT)).astype(np.float32))
         batch = Batch(normal(B, OBS), actions, normal(B), normal(B, OBS), (normal(B) > 0.5).float())
-        levels = torch.from_numpy(rng.integers(0, T, B))
-        noise = Noise(normal(T + 1, B, ACT), normal(B, ACT), levels)
+        normals = normal(T + 1, B, ACT), normal(B, ACT)
+        noise = Noise(*normals, torch.from_numpy(rng.integers(0, T, B)))
         # In the order of its draws: the start, a step noise for every t (the last times 0), the rest.
         *sampling, action_noise = noise.next_actions
         draws = *sampling, normal(B, ACT), action_noise, noise.t, noise.actions
