@@ -104,12 +104,11 @@ class Schedule(NamedTuple):
     log_weights: Tensor  # (G,)
 
 
-def make_schedule(name: str, diffusion_steps: int, device: torch.device | str = "cpu") -> Schedule:
+def make_schedule(name: str, T: int, device: torch.device | str = "cpu") -> Schedule:
     """The released schedules vp, cosine and linear (DIF:8-32), and log-snr; computed in float64.
 
     log-snr is ours: equal steps in log(abar / (1 - abar)), sqrt(1 - abar) from 0.1 to 0.995.
     """
-    T = diffusion_steps
     t = torch.arange(T + 1, dtype=torch.float64)
     if name == "vp":
         betas = 1 - torch.exp(-0.1 / T - 0.5 * (10 - 0.1) * (2 * t[1:] - 1) / T**2)
@@ -171,9 +170,10 @@ class Noise(NamedTuple):
 
 def draw_noise(args: Args, act_dim: int, generator: torch.Generator) -> Noise:
     """Fresh randomness for one update, on the generator's device."""
-    T, B, on = args.diffusion_steps, args.batch_size, dict(device=generator.device)
-    normal = torch.randn(T + 2, B, act_dim, generator=generator, **on)
-    return Noise(normal[:-1], normal[-1], torch.randint(T, (B,), generator=generator, **on))
+    T, B = args.diffusion_steps, args.batch_size
+    on = dict(device=generator.device, generator=generator)
+    normal = torch.randn(T + 2, B, act_dim, **on)
+    return Noise(normal[:-1], normal[-1], torch.randint(T, (B,), **on))
 
 
 def q_gradient(critic: Critic, obs: Tensor, actions: Tensor) -> Tensor:
