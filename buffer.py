@@ -1,7 +1,4 @@
-"""Replay buffer: preallocated float32 tensors on the training device.
-
-Only torch and psutil are imported: the file can be copied alone.
-"""
+"""Replay buffer: preallocated float32 tensors on the training device."""
 
 from typing import NamedTuple
 

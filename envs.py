@@ -1,7 +1,4 @@
-"""Vectorized Gymnasium environments: actions in [-1, 1], transitions that never cross an episode.
-
-Beside the standard library only gymnasium and numpy are imported: the file can be copied alone.
-"""
+"""Vectorized Gymnasium environments: actions in [-1, 1], no transition crosses an episode."""
 
 import pickle
 import warnings
@@ -74,21 +71,18 @@ def make_env(env_id: str, **options) -> gym.Env:
             warnings.filterwarnings("ignore", ".*is out of date")
             env = gym.make(env_id, **options)
     except Exception as error:  # an environment's constructor may raise anything
-        hint = (
-            "; it needs: pip install 'shimmy[dm-control]'" if env_id.startswith("shimmy:") else ""
-        )
+        hint = "; pip install 'shimmy[dm-control]'" if "dm_control" in env_id else ""
         raise UserError(f"cannot make {env_id}: {one_line(error)}{hint}") from None
 
-    actions = env.action_space
-    box = isinstance(actions, gym.spaces.Box) and actions.is_bounded() and len(actions.shape) == 1
-    if not box:
-        raise UserError(f"QSM needs a vector of bounded actions (1-D Box); {env_id} has {actions}")
+    space = env.action_space
+    if not (isinstance(space, gym.spaces.Box) and space.is_bounded() and len(space.shape) == 1):
+        raise UserError(f"QSM needs a vector of bounded actions (1-D Box); {env_id} has {space}")
     if len(env.observation_space.shape or ()) != 1:  # images, dicts
         env = gym.wrappers.FlattenObservation(env)
     if not isinstance(env.observation_space, gym.spaces.Box):
         raise UserError(f"QSM needs a Box of observations; {env_id} has {env.observation_space}")
     # Bounds differ between tasks (Humanoid +-0.4). RescaleAction does not clip; the sampler does.
-    one = actions.dtype.type(1)
+    one = space.dtype.type(1)
     env = gym.wrappers.RescaleAction(env, -one, one)
     return Snapshot(gym.wrappers.RecordEpisodeStatistics(env))
 

@@ -1,7 +1,4 @@
-"""The two networks of QSM: the score network (the policy) and the stacked double critic.
-
-Only torch is imported: the file can be copied alone.
-"""
+"""The two networks of QSM: the score network (the policy) and the stacked double critic."""
 
 import torch
 import torch.nn.functional as F
