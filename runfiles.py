@@ -222,8 +222,8 @@ def whole_file(path: Path):
 def versions(rng: torch.Generator) -> dict[str, str]:
     """Versions and machine that the bits of a run depend on."""
     machine = {"device": rng.device.type, "threads": torch.get_num_threads()}
-    names = "torch", "numpy", "gymnasium", "mujoco"
-    return machine | {name: importlib.metadata.version(name) for name in names}
+    names, found = ("torch", "numpy", "gymnasium", "mujoco"), importlib.metadata.distributions()
+    return machine | {x.name: x.version for x in found if x.name in names}
 
 
 def locked(folder: Path):
