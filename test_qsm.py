@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import itertools
 import math
 import multiprocessing
 import os
@@ -31,20 +32,8 @@ import runfiles
 from buffer import Batch, ReplayBuffer
 from envs import step
 from networks import Critic, ScoreNet
-from qsm import (
-    Args,
-    Learner,
-    act,
-    actor_lr_at,
-    draw_noise,
-    make_learner,
-    make_schedule,
-    posterior_mean,
-    sample_actions,
-    update,
-)
+from qsm import Args, act, draw_noise, make_learner, make_schedule, sample_actions, update
 
-ROOT = Path(__file__).parent
 OBS, ACT, B = 3, 2, 5  # sizes of observation, action and batch where nothing else is said
 both_targets = pytest.mark.parametrize("score_target", ["released", "posterior"])
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -100,13 +89,12 @@ def linear_q(obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
     return torch.tensor([[1.0], [3.0]]) * (actions * obs[:, :ACT]).sum(-1)
 
 
-def learner_of(score_net, critic, critic_target=None, lr: float = 0.0) -> Learner:
+def learner_of(score_net, critic, lr: float = 0.0) -> qsm.Learner:
     """A learner around networks that are given; with a learning rate of 0 they stay."""
-    nets = (score_net, lr), (critic, 0.0)
+    nets, target = ((score_net, lr), (critic, 0.0)), copy.deepcopy(critic).requires_grad_(False)
     adams = [torch.optim.Adam(x.parameters(), torch.tensor(lr), fused=True) for x, lr in nets]
-    dtype = next(score_net.parameters()).dtype
-    target = critic_target or copy.deepcopy(critic).requires_grad_(False)
-    return Learner(score_net, critic, target, *adams, torch.zeros(2, dtype=dtype), torch.zeros(()))
+    q_scale = torch.zeros(2, dtype=next(score_net.parameters()).dtype)
+    return qsm.Learner(score_net, critic, target, *adams, q_scale, torch.zeros(()))
 
 
 # ---------------------------------------------------------------------------------------- networks
@@ -159,10 +147,9 @@ def test_schedules_match_their_definitions(T):
     assert sigma[[0, -1]].tolist() == pytest.approx(ends, rel=1e-4)
     gaps = ((1 - sigma**2) / sigma**2).log().diff()  # of the log of the signal-to-noise ratio
     torch.testing.assert_close(gaps, gaps.mean().expand(T - 1), rtol=1e-3, atol=0)
-    # The exponents of vp sum to -b_min - (b_max - b_min) / 2 for all T.
     vp = make_schedule("vp", T).alphas_cumprod
-    assert vp[-1].item() == pytest.approx(math.exp(-5.05), 1e-4)
-    if T == 5:  # sigma, as in the released code
+    assert vp[-1].item() == pytest.approx(math.exp(-5.05), 1e-4)  # -b_min - (b_max - b_min) / 2
+    if T == 5:  # as in the released code
         sigma = [0.443, 0.752, 0.917, 0.980, 0.997]
         assert (1 - vp).sqrt().tolist() == pytest.approx(sigma, abs=5e-4)
     f = [math.cos(math.pi / 2 * (t / T + 0.008) / 1.008) ** 2 for t in range(T + 1)]
@@ -180,7 +167,6 @@ def test_released_sampler_with_a_linear_score_has_the_closed_form_mean_and_varia
     n, scale = 200_000, 0.02  # noise this small never meets the clamp: the recursion is exact
     noise = scale * torch.randn(6, n, 1, generator=generator())
     score, args = FixedScore(lambda a, t: g[t] * (a - m)), Args(score_target="released")
-    args.action_noise = 0.0
     samples = sample_actions(score, torch.zeros(n, OBS), noise, schedule, args).double()
     mean, var = 0.0, scale**2
     for t in reversed(range(5)):
@@ -190,22 +176,6 @@ def test_released_sampler_with_a_linear_score_has_the_closed_form_mean_and_varia
         var = (1 - k) ** 2 * var / alpha + (beta * scale**2 if t > 0 else 0)
     assert samples.mean().item() == pytest.approx(mean, abs=5 * math.sqrt(var / n))
     assert samples.var().item() == pytest.approx(var, rel=5 * math.sqrt(2 / n))
-
-
-def test_posterior_sampler_recovers_a_gaussian_from_its_exact_mean():
-    """E[a | a_t] of N(0.2, 0.1^2); 100 steps leave a bias far below the tolerances."""
-    T, mean, std, schedule = 100, 0.2, 0.1, make_schedule("cosine", 100)
-
-    def predict(a, t):
-        abar = schedule.alphas_cumprod[t]
-        residual = (a - abar.sqrt() * mean) / (abar * std**2 + 1 - abar)
-        return mean + abar.sqrt() * std**2 * residual
-
-    noise = torch.randn(T + 1, 20_000, 1, generator=generator())
-    obs = torch.zeros(20_000, OBS)
-    samples = sample_actions(FixedScore(predict), obs, noise, schedule, Args())
-    assert samples.mean().item() == pytest.approx(mean, abs=0.005)
-    assert samples.std().item() == pytest.approx(std, rel=0.05)
 
 
 @both_targets
@@ -243,11 +213,11 @@ def test_posterior_mean_against_quadrature():
         schedule = make_schedule("linear" if s < 0.1 else "log-snr", 10)  # from s = 0.01, 0.1 on
         for u in (-3.0, -1.0, -0.3, 0.0, 0.77, 1.5):
             abar = (1 / (1 + s**2)).expand(13, 1)
-            mean = posterior_mean(drift[:, None], u * abar.sqrt(), abar, schedule)[:, 0]
+            mean = qsm.posterior_mean(drift[:, None], u * abar.sqrt(), abar, schedule)[:, 0]
             rest = torch.full((13,), u, dtype=torch.float64), s.double().expand(13)
             assert (mean - exact_posterior_mean(drift.double(), *rest)).abs().max() < 1e-3, (s, u)
     extremes = torch.tensor([[1e30], [-1e30], [0.0]])
-    mean = posterior_mean(extremes, torch.zeros(3, 1), abar[:3], schedule)
+    mean = qsm.posterior_mean(extremes, torch.zeros(3, 1), abar[:3], schedule)
     assert mean[:, 0].tolist() == pytest.approx([1, -1, 0], abs=1e-3)
 
 
@@ -405,10 +375,10 @@ def test_wrong_shapes_raise():
 
 def test_actor_lr_schedule():
     args = Args(total_timesteps=1000, utd=0.5, actor_lr=1.0)  # 500 updates, decay over 1000
-    assert actor_lr_at(0, args) == 1.0
-    assert actor_lr_at(500, args) == pytest.approx(0.5)
-    assert actor_lr_at(1000, args) == actor_lr_at(2000, args) == pytest.approx(0, abs=1e-12)
-    assert actor_lr_at(900, Args(actor_lr_decay=0, actor_lr=1.0)) == 1.0
+    assert qsm.actor_lr_at(0, args) == 1.0
+    assert qsm.actor_lr_at(250, args) == pytest.approx(0.5 + 0.125**0.5)
+    assert qsm.actor_lr_at(1000, args) == qsm.actor_lr_at(2000, args) == pytest.approx(0, abs=1e-12)
+    assert qsm.actor_lr_at(900, Args(actor_lr_decay=0, actor_lr=1.0)) == 1.0
 
 
 # ------------------------------------------------------------- samples against Boltzmann densities
@@ -438,14 +408,13 @@ def oracle_samples(q_grad, args: Args, start: float = 0.0, n: int = 20_000) -> t
 
     for t, x in enumerate(tables if args.score_target == "posterior" else ()):
         abar = schedule.alphas_cumprod[t].view(1, 1)
-        flat = posterior_mean(0.0, GRID, abar, schedule)
+        flat = qsm.posterior_mean(0.0, GRID, abar, schedule)
         for _ in range(400):
             here, there = q_grad(x), q_grad(flat)
             slope = torch.where(here.abs() < there.abs(), here, there) * (here * there > 0)
-            target = posterior_mean(args.alpha * slope, GRID, abar, schedule)
+            target = qsm.posterior_mean(args.alpha * slope, GRID, abar, schedule)
             x += 0.03 * (target - x)
-    noise = torch.randn(args.diffusion_steps + 1, n, 1, generator=generator())
-    noise[-1] = 0
+    noise = torch.randn(args.diffusion_steps, n, 1, generator=generator())
     return sample_actions(FixedScore(predict), torch.zeros(n, OBS), noise, schedule, args)[:, 0]
 
 
@@ -461,10 +430,9 @@ def w1_to_boltzmann(samples: torch.Tensor, q, alpha: float) -> float:
 def mean_w1(score_target: str, **flags) -> float:
     """Mean distance to exp(alpha Q) over the four Q and alpha in {1, 10, 50, 200}."""
     distances = []
-    for q, q_grad in Q_FUNCTIONS.values():
-        for alpha in (1.0, 10.0, 50.0, 200.0):
-            args = Args(score_target=score_target, alpha=alpha, **flags)
-            distances.append(w1_to_boltzmann(oracle_samples(q_grad, args), q, alpha))
+    for (q, q_grad), alpha in itertools.product(Q_FUNCTIONS.values(), (1.0, 10.0, 50.0, 200.0)):
+        args = Args(score_target=score_target, alpha=alpha, **flags)
+        distances.append(w1_to_boltzmann(oracle_samples(q_grad, args), q, alpha))
     return sum(distances) / len(distances)
 
 
@@ -508,23 +476,23 @@ def hills(obs: torch.Tensor, actions: torch.Tensor, centers: list, shift: float)
     return torch.stack(bumps).logsumexp(0).expand(2, -1)
 
 
-def learn_hills(centers: list, shift: float, reward_scale: float = 1.0, steps: int = 2000):
-    """Train the real network on reward_scale * Q; 8000 samples at each of STATES, alpha of Q."""
+def learn_hills(centers: list, shift: float):
+    """Train the real network; returns 8000 samples at each of STATES, and alpha of Q."""
     torch.manual_seed(0)
-    g, T, n, schedule = generator(), 10, 8000, make_schedule("log-snr", 10)
+    g, T, n, steps, schedule = generator(), 10, 8000, 2000, make_schedule("log-snr", 10)
     args = Args(hidden_dims=(128, 128), actor_lr=3e-3, total_timesteps=steps, actor_lr_decay=1)
-    critic = Fixed(lambda obs, actions: reward_scale * hills(obs, actions, centers, shift))
+    critic = Fixed(lambda obs, actions: hills(obs, actions, centers, shift))
     learner = learner_of(ScoreNet(2, 2, args.hidden_dims, T), critic)
     for k in range(steps):
         angles = 2 * torch.pi * torch.rand(256, generator=g)
         obs = torch.stack([angles.cos(), angles.sin()], 1)
         actions = 2 * torch.rand(256, 2, generator=g) - 1
         batch = Batch(obs, actions, torch.zeros(256), obs, torch.ones(256))
-        learner.actor_optimizer.param_groups[0]["lr"].fill_(actor_lr_at(k, args))
+        learner.actor_optimizer.param_groups[0]["lr"].fill_(qsm.actor_lr_at(k, args))
         update(learner, batch, draw_noise(args, 2, g), schedule, args)
     noise, net = torch.randn(T + 1, n, 2, generator=generator(1)), learner.score_net
     samples = [sample_actions(net, state.expand(n, 2), noise, schedule, args) for state in STATES]
-    return samples, args.alpha * reward_scale * (learner.q_scale[1] / learner.q_scale[0]).item()
+    return samples, args.alpha * (learner.q_scale[1] / learner.q_scale[0]).item()
 
 
 def sliced_w1(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -545,25 +513,15 @@ def distance_to_exact(samples: list, alpha: float, centers: list, shift: float) 
     return max(distances)
 
 
-def test_learned_policy_is_the_boltzmann_density_of_one_hill_that_the_state_moves():
-    samples, alpha = learn_hills(FOUR[:1], 0.25)
-    assert distance_to_exact(samples, alpha, FOUR[:1], 0.25) < 0.02  # measured: 0.009
-
-
-def test_learned_policy_is_the_boltzmann_density_of_four_hills():
-    """Measured: shares 0.25 to 0.26, distance 0.013; three other seeds: 0.012 to 0.016."""
-    samples, alpha = learn_hills(FOUR, 0.0)
-    for actions in samples:
-        for center in FOUR:
-            assert 0.20 < (actions * torch.tensor(center) > 0).all(1).float().mean() < 0.30
-    assert distance_to_exact(samples, alpha, FOUR, 0.0) < 0.06
-
-
-def test_reward_scale_does_not_change_the_policy():
-    samples, alpha = learn_hills(FOUR, 0.0, steps=200)
-    scaled, scaled_alpha = learn_hills(FOUR, 0.0, reward_scale=10.0, steps=200)
-    assert scaled_alpha == pytest.approx(alpha, rel=1e-3)
-    assert max(sliced_w1(x, y) for x, y in zip(samples, scaled)) < 0.01
+@pytest.mark.parametrize(
+    ("centers", "shift", "bound"), [(FOUR[:1], 0.25, 0.02), (FOUR, 0.0, 0.06)], ids=["one", "four"]
+)
+def test_learned_policy_is_the_boltzmann_density_of_hills(centers, shift, bound):
+    """One that the state moves, four that are still. Measured: 0.009, 0.013; shares 0.25, 0.26."""
+    samples, alpha = learn_hills(centers, shift)
+    assert distance_to_exact(samples, alpha, centers, shift) < bound
+    for actions, center in itertools.product(samples, FOUR if centers == FOUR else ()):
+        assert 0.20 < (actions * torch.tensor(center) > 0).all(1).float().mean() < 0.30
 
 
 # ------------------------------------------------------------------------------------------- speed
@@ -579,11 +537,7 @@ def test_compiled_mish_is_mish():
     torch.testing.assert_close(grad, exact, rtol=1e-5, atol=1e-6)
 
 
-def no_compiler(*args):
-    raise RuntimeError("Python.h: no such file")
-
-
-FAST = [("cpu", True, lambda graph, *_: graph), ("cpu", True, no_compiler)]
+FAST = [("cpu", True, lambda graph, *_: graph), ("cpu", True, lambda *_: 1 / 0)]
 FAST += [pytest.param("cpu", True, None, marks=needs_compiler)]
 FAST += [pytest.param("cuda", compile_, None, marks=needs_cuda) for compile_ in (False, True)]
 
@@ -608,7 +562,7 @@ def test_fast_updates_and_actions_agree_with_eager(device, compile_, stand_in, m
         actions = act_once(learner, batch.obs, noise.next_actions, schedule, args)
         results.append([*everything_in(learner), actions, *metrics.values()])
     printed = capsys.readouterr().out
-    assert ("not compiled: RuntimeError: Python.h" in printed) == (stand_in is no_compiler)
+    assert ("not compiled: ZeroDivisionError" in printed) == (stand_in is FAST[1][2])
     assert "not captured" not in printed
     for x, y in zip(*results, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
@@ -1038,7 +992,7 @@ def test_impossible_arguments_are_refused(name, value, message, monkeypatch, tmp
 
 def test_command_line(tmp_path):
     options = dict(capture_output=True, text=True, timeout=170)
-    command = [sys.executable, str(ROOT / "qsm.py"), "--env-id", "Pendulum-v1", "--device", "cpu"]
+    command = [sys.executable, qsm.__file__, "--env-id", "Pendulum-v1", "--device", "cpu"]
     flags = f"--total-timesteps 60 --learning-starts 40 --hidden-dims 8 8 --run-dir {tmp_path}"
     subprocess.run([*command, *flags.split()], **options, check=True)
     assert checkpoint(run_of(tmp_path))["step"] == 60
