@@ -1,0 +1,101 @@
+"""Look at a policy: does it do what its critics ask, and do they know what it returns?
+
+    python results/look.py runs/<run>
+
+Q is the mean of the two critics. Ten episodes, without action noise, of the policy and of its actions moved up Q.
+"""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.functional import normalize
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import runfiles
+from envs import make_envs, step
+from qsm import make_schedule, q_gradient, sample_actions
+from results.evaluate import load_policy
+
+EPISODES, STATES, K = 10, 500, 64
+CUT = 300  # steps before a time limit, where the return to come is not known: 0.99^300 = 0.05
+
+
+def roll_out(env_id: str, choose, gamma: float) -> tuple[torch.Tensor, np.ndarray, str]:
+    """States (M, O), discounted returns from there (M,), and the returns of the episodes in words."""
+    envs, steps, ends = make_envs(env_id, EPISODES), [], {}
+    obs, _ = envs.reset(seed=1_000_001)
+    while len(ends) < EPISODES:
+        obs = torch.as_tensor(obs, dtype=torch.float32)
+        rewards, _, terminations, next_obs, episodes = step(envs, choose(obs).numpy())
+        steps.append((obs, rewards))
+        for i, total, length in episodes:
+            ends.setdefault(i, (total, length, length if terminations[i] else length - CUT))
+        obs = next_obs
+    envs.close()
+    states, returns_to_come = [], []
+    for i, (_, length, known) in ends.items():
+        to_come = np.zeros(length + 1)
+        for t in reversed(range(length)):
+            to_come[t] = steps[t][1][i] + gamma * to_come[t + 1]
+        states += [obs[i] for obs, _ in steps[: max(known, 0)]]
+        returns_to_come += [*to_come[: max(known, 0)]]
+    totals = np.array([total for total, *_ in ends.values()])
+    return (
+        torch.stack(states),
+        np.array(returns_to_come),
+        f"{totals.mean():.0f} +- {totals.std():.0f}",
+    )
+
+
+@runfiles.errors_in_one_line()
+def main(run: Path) -> None:
+    args, learner, global_step = load_policy(run)
+    schedule = make_schedule(args.beta_schedule, args.diffusion_steps)
+    act_dim, generator = learner.score_net.columns[0], torch.Generator().manual_seed(0)
+
+    def sample(obs: torch.Tensor) -> torch.Tensor:
+        noise = torch.randn(args.diffusion_steps, len(obs), act_dim, generator=generator)
+        return sample_actions(learner.score_net, obs, noise, schedule, args)
+
+    def moved(obs: torch.Tensor, steps: int) -> torch.Tensor:
+        actions = sample(obs)
+        for _ in range(steps):
+            gradient = q_gradient(learner.critic, obs, actions)
+            actions = (actions + 0.02 * normalize(gradient, dim=-1)).clamp(-1, 1)
+        return actions
+
+    @torch.no_grad()
+    def q(obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        return learner.critic(obs, actions).mean(0)
+
+    states, to_come, returns = roll_out(args.env_id, sample, args.gamma)
+    values = q(states, sample(states)).numpy()
+    obs = states[torch.randperm(len(states), generator=generator)[:STATES]]
+    obs_K = obs.repeat_interleave(K, 0)
+    actions = sample(obs_K)
+    uniform = 2 * torch.rand(actions.shape, generator=generator) - 1
+    higher = {f"{0.02 * n:.1f}": partial(moved, steps=n) for n in (5, 50)}  # length of the path
+    rows = {
+        "return": returns,
+        "discounted return to come": f"{to_come.mean():.1f} +- {to_come.std():.1f}",
+        "Q less that": f"{(values - to_come).mean():.1f} +- {(values - to_come).std():.1f}",
+        "their correlation": f"{np.corrcoef(values, to_come)[0, 1]:.2f}",
+        "standard deviation of an action coordinate": f"{actions.view(-1, K, act_dim).std(1).mean():.3f}",
+        "share of them on a bound": f"{(actions.abs() == 1).float().mean():.3f}",
+        "Q of uniform actions": f"{q(obs_K, uniform).mean():.2f}",
+        "Q of the policy": f"{q(obs_K, actions).mean():.2f}",
+        f"Q of the best of {K}": f"{q(obs_K, actions).view(-1, K).amax(1).mean():.2f}",
+    }
+    for length, choose in higher.items():
+        rows[f"Q of actions moved by {length}"] = f"{q(obs, choose(obs)).mean():.2f}"
+        rows[f"return of actions moved by {length}"] = roll_out(args.env_id, choose, args.gamma)[2]
+    print(f"{args.env_id}, seed {args.seed}, step {global_step}")
+    for name, value in rows.items():
+        print(f"{name:45} {value}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
