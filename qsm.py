@@ -43,8 +43,9 @@ from envs import UserError, guarded, make_envs, step
 from fast import accelerate
 from networks import Critic, ScoreNet
 
-NAMES = "alpha", "diffusion_steps", "beta_schedule", "normalize_q_grad", "critic_lr"
-PRESETS = {"posterior": (10.0, 10, "log-snr", True, 1e-3), "released": (50.0, 5, "vp", False, 3e-4)}
+NAMES = "alpha", "diffusion_steps", "beta_schedule", "normalize_q_grad", "actor_lr", "critic_lr"
+POSTERIOR, RELEASED = (10.0, 10, "log-snr", True, 1e-3, 1e-3), (50.0, 5, "vp", False, 3e-4, 3e-4)
+PRESETS = {"posterior": POSTERIOR, "released": RELEASED}
 
 
 @dataclass
@@ -72,8 +73,7 @@ class Args:
     utd: float = 1.0  # update-to-data ratio: updates per environment step, fractions included
     gamma: float = 0.99  # discount
     tau: float = 0.005  # step of the target critics towards the critics in each update
-    actor_lr: float = 3e-4  # Adam learning rate of the score network
-    actor_lr_decay: float = 2.0  # it falls as a cosine, to 0 after so many run lengths; 0: constant
+    actor_lr_decay: float = 2.0  # run lengths in which actor_lr falls to 0, a cosine; 0: constant
     hidden_dims: tuple[int, ...] = (512, 512)  # of score network and critics (paper: 256 256)
     action_noise: float = 0.1  # std of Gaussian noise on behaviour and target actions
     candidates: int = 1  # actions drawn to act; the one with the highest min-Q acts (paper: 1)
@@ -84,7 +84,8 @@ class Args:
     diffusion_steps: int | None = None  # denoising steps T; 10 or 5
     beta_schedule: Literal["log-snr", "vp", "cosine", "linear"] | None = None  # log-snr or vp
     normalize_q_grad: bool | None = None  # divide dQ/da by its running mean size; True or False
-    critic_lr: float | None = None  # Adam learning rate of the critics; 1e-3 or 3e-4
+    actor_lr: float | None = None  # Adam learning rate of the score network; 1e-3 or 3e-4
+    critic_lr: float | None = None  # of the critics; 1e-3 or 3e-4
 
     def __post_init__(self):
         for name, value in zip(NAMES, PRESETS[self.score_target], strict=True):
