@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import runfiles
-from envs import make_envs, step
+from envs import UserError, make_envs, step
 from qsm import make_schedule, q_gradient, sample_actions
 from results.evaluate import load_policy
 
@@ -42,6 +42,8 @@ def roll_out(env_id: str, choose, gamma: float) -> tuple[torch.Tensor, np.ndarra
             to_come[t] = steps[t][1][i] + gamma * to_come[t + 1]
         states += [obs[i] for obs, _ in steps[: max(known, 0)]]
         returns_to_come += [*to_come[: max(known, 0)]]
+    if not states:
+        raise UserError(f"no episode of {env_id} terminates or lasts more than {CUT} steps")
     totals = np.array([total for total, *_ in ends.values()])
     return (
         torch.stack(states),
@@ -98,4 +100,6 @@ def main(run: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit("usage: python results/look.py RUN")
     main(Path(sys.argv[1]))
