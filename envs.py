@@ -1,5 +1,6 @@
 """Vectorized Gymnasium environments: actions in [-1, 1], no transition crosses an episode."""
 
+import contextlib
 import pickle
 import warnings
 from functools import partial
@@ -16,6 +17,17 @@ class UserError(Exception):
 def one_line(error: Exception) -> str:
     """Kind and start of the text of an exception."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:250]
+
+
+@contextlib.contextmanager
+def user_errors(what: str):
+    """Any exception becomes a UserError: simulators and damaged files may raise any."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"{what}: {one_line(error)}") from error
 
 
 class Snapshot(gym.Wrapper):
@@ -64,16 +76,12 @@ def make_env(env_id: str, **options) -> gym.Env:
     Raises:
         UserError: unknown id, missing package, or spaces that are not continuous and bounded.
     """
-    try:
-        if env_id.startswith("dm_control/"):
-            env_id = f"shimmy:{env_id}"  # gym.make imports it
-        with warnings.catch_warnings():  # v4 is what the published tables use
-            warnings.filterwarnings("ignore", ".*is out of date")
-            env = gym.make(env_id, **options)
-    except Exception as error:  # an environment's constructor may raise anything
-        hint = "; pip install 'shimmy[dm-control]'" if "dm_control" in env_id else ""
-        raise UserError(f"cannot make {env_id}: {one_line(error)}{hint}") from None
-
+    hint = ""
+    if env_id.startswith("dm_control/"):  # gym.make imports what is before a colon
+        env_id, hint = f"shimmy:{env_id}", " (pip install 'shimmy[dm-control]')"
+    with user_errors(f"cannot make {env_id}{hint}"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is out of date")  # v4: published tables use it
+        env = gym.make(env_id, **options)
     space = env.action_space
     if not (isinstance(space, gym.spaces.Box) and space.is_bounded() and len(space.shape) == 1):
         raise UserError(f"QSM needs a vector of bounded actions (1-D Box); {env_id} has {space}")
@@ -88,21 +96,17 @@ def make_env(env_id: str, **options) -> gym.Env:
 
 
 def make_envs(env_id: str, num_envs: int) -> SyncVectorEnv:
-    """`num_envs` copies of `make_env(env_id)`, which `step` steps one after the other.
-
-    Worker processes were slower: on 2 cores 4 HalfCheetah-v4 step 0.4 times as fast in them.
-    """
+    """`num_envs` copies of `make_env(env_id)`, which `step` steps one after the other."""
+    # Workers were slower: on 2 cores 4 HalfCheetah-v4 step 0.4 times as fast in processes.
     # Gymnasium's default, NEXT_STEP, would put one bogus transition per episode into the buffer.
     mode = AutoresetMode.SAME_STEP
     return SyncVectorEnv([partial(make_env, env_id)] * num_envs, autoreset_mode=mode)
 
 
-def guarded(function, *args, **options):
-    """function(*args, **options), but any exception, since simulators raise any, is a UserError."""
-    try:
-        return function(*args, **options)
-    except Exception as error:
-        raise UserError(f"an environment failed ({one_line(error)})") from error
+def reset(envs: SyncVectorEnv, seed: int) -> np.ndarray:
+    """First observations (N, O) of new episodes in float32; environment i gets seed + i."""
+    with user_errors("an environment failed"):
+        return envs.reset(seed=seed)[0].astype(np.float32)
 
 
 def step(envs: SyncVectorEnv, actions: np.ndarray) -> tuple:
@@ -111,12 +115,10 @@ def step(envs: SyncVectorEnv, actions: np.ndarray) -> tuple:
     Returns in float32: rewards (N,); next_obs (N, O), what the step led to, the final observation
     of an ended episode; terminations (N,), 0 or 1, and 0 for a time limit; obs (N, O), what to act
     on next, the first observation of the next episode. And (environment, return, length) of each
-    episode that ended.
-
-    Raises:
-        UserError: an environment failed, or a value is not finite in float32.
+    episode that ended. A UserError: an environment failed, or a value is not finite in float32.
     """
-    obs, rewards, terminations, truncations, infos = guarded(envs.step, actions)
+    with user_errors("an environment failed"):
+        obs, rewards, terminations, truncations, infos = envs.step(actions)
     next_obs, episodes = obs.copy(), []
     for i in np.flatnonzero(terminations | truncations):
         next_obs[i], episode = infos["final_obs"][i], infos["final_info"]["episode"]

@@ -52,7 +52,9 @@ DECOMPOSITIONS = {  # compiled in place of kernels of torch, to be fused with wh
 def tune(device: torch.device, tf32: bool = False) -> None:
     """Choose the matrix products and, on a CPU, the memory allocator of this process."""
     torch.set_float32_matmul_precision("high" if tf32 and device.type == "cuda" else "highest")
-    if device.type == "cpu":  # MKL can be slow on AMD; "medium" is oneDNN, which may use bfloat16
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where graphs are captured
+    else:  # MKL can be slow on AMD; "medium" is oneDNN, which may use bfloat16
         torch.set_float32_matmul_precision("medium")
         x = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
         if (x[0] @ x[1] - x[0].double() @ x[1].double()).abs().max() > 1e-3:  # float32: 1e-5
@@ -86,114 +88,99 @@ def accelerate(function, args, device: torch.device):
     Raises:
         UserError: capture is requested but unavailable.
     """
-    cuda, fast = device.type == "cuda", function
+    cuda, ways = device.type == "cuda", []
     if args.cuda_graph and not cuda:
         raise UserError(f"--cuda-graph True needs a CUDA device, not {device}")
     many = args.utd * (args.total_timesteps - args.learning_starts) > 20_000
     if args.compile or (args.compile is None and many):
-        fast = compiled(fast, not cuda)
+        ways.append(compiled)
     if cuda and args.cuda_graph is not False:
-        fast = captured(fast)
+        ways.append(captured)
 
     def accelerated(learner, *rest):
-        optimizers = (x for x in learner if isinstance(x, torch.optim.Optimizer))
-        return (fast if all(x.state for x in optimizers) else function)(learner, *rest)
+        nonlocal function
+        if ways and all(x.state for x in learner if isinstance(x, torch.optim.Optimizer)):
+            while ways:
+                function = ways.pop(0)(function, learner, *rest)
+        return function(learner, *rest)
 
-    return function if fast is function else accelerated
+    return accelerated
 
 
-def compiled(function, on_cpu: bool):
-    """`function` traced as one graph, compiled by Inductor.
+def compiled(function, learner, data, noise, schedule, args):
+    """`function` traced as one graph of tensors, compiled by Inductor.
 
     Not torch.compile: it looks at all modules, tensors and args again in each call, which takes a
     tenth of a small update's time, and cannot put an optimizer's step into the graph.
     """
-    built = []  # the graph, and the tensors that it holds
+    import torch._inductor  # takes a second
+    from torch.fx.experimental.proxy_tensor import make_fx
 
-    def build(learner, data, noise, schedule, args):
-        import torch._inductor  # takes a second
-        from torch.fx.experimental.proxy_tensor import make_fx
+    for optimizer in (x for x in learner if isinstance(x, torch.optim.Optimizer)):
+        optimizer.zero_grad()  # gradients are made within the graph
+    everything = [*tensors_in(learner), *schedule, *tree_leaves((data, noise))]
 
-        for optimizer in (x for x in learner if isinstance(x, torch.optim.Optimizer)):
-            optimizer.zero_grad()  # gradients are made within the graph
-        held = [*tensors_in(learner), *schedule]
-        everything = [*held, *tree_leaves((data, noise))]
+    def on_tensors(*traced):
+        for x, traced_x in zip(everything, traced, strict=True):
+            traced_x.requires_grad_(x.requires_grad)
+        in_place_of = {id(x): traced_x for x, traced_x in zip(everything, traced, strict=True)}
+        return function(*copy.deepcopy((learner, data, noise, schedule), in_place_of), args)
 
-        def on_tensors(*traced):
-            for x, traced_x in zip(everything, traced, strict=True):
-                traced_x.requires_grad_(x.requires_grad)
-            in_place_of = {id(x): traced_x for x, traced_x in zip(everything, traced, strict=True)}
-            return function(*copy.deepcopy((learner, data, noise, schedule), in_place_of), args)
-
-        tensors = [x.detach() for x in everything]  # the backward pass is within the graph
-        graph = make_fx(on_tensors, DECOMPOSITIONS, tracing_mode="fake")(*tensors)
-        options = {"cpp_wrapper": True, "pattern_matcher": False} if on_cpu else {}
-        try:
-            with torch.no_grad():
-                graph = torch._inductor.compile(graph, tensors, options)
-        except Exception as error:  # no g++, or on CUDA no triton or gcc; killed by a Ctrl-C
-            tqdm.write(f"not compiled: {one_line(error)}")
-        return graph, tensors[: len(held)]
-
-    def compiled_function(learner, data, noise, schedule, args):
-        if not built:
-            built.extend(build(learner, data, noise, schedule, args))
-        graph, held = built
+    tensors = [x.detach() for x in everything]  # the backward pass is within the graph
+    graph = make_fx(on_tensors, DECOMPOSITIONS, tracing_mode="fake")(*tensors)
+    on_cpu = tensors[0].device.type == "cpu"
+    options = {"cpp_wrapper": True, "pattern_matcher": False} if on_cpu else {}
+    try:
         with torch.no_grad():
-            return graph(*held, *tree_leaves((data, noise)))
+            graph = torch._inductor.compile(graph, tensors, options)
+    except Exception as error:  # no g++, or on CUDA no triton or gcc; killed by a Ctrl-C
+        tqdm.write(f"not compiled: {one_line(error)}")
+    held = tensors[: -len(tree_leaves((data, noise)))]
+
+    @torch.no_grad()
+    def compiled_function(learner, data, noise, schedule, args):
+        return graph(*held, *tree_leaves((data, noise)))
 
     return compiled_function
 
 
-def captured(function):
+def captured(function, learner, data, noise, schedule, args):
     """`function` as one CUDA graph; data and noise are copied to where the graph reads them.
 
     The first replay is compared with a call that is not captured, from the same state. If they
     differ by more than 1e-4, or capturing fails, one line says so and nothing is captured.
     Outputs are the graph's own tensors and change with the next call.
     """
-    graph, captures = torch.cuda.CUDAGraph(), []  # captures: where inputs go, outputs; or None
+    graph, stream, changed = torch.cuda.CUDAGraph(), torch.cuda.Stream(), tensors_in(learner)
+    before, static = [x.detach().clone() for x in changed], tree_map(torch.clone, (data, noise))
 
-    def capture(learner, data, noise, schedule, args):
-        static, changed = tree_map(torch.clone, (data, noise)), tensors_in(learner)
-        before = [x.detach().clone() for x in changed]
+    @torch.no_grad()
+    def results(outputs) -> list[torch.Tensor]:
+        after = [x.clone() for x in (*changed, *tree_leaves(outputs))]
+        torch._foreach_copy_(changed, before)  # back to the state before
+        return after
 
-        @torch.no_grad()
-        def results(outputs) -> list[torch.Tensor]:
-            after = [x.clone() for x in (*changed, *tree_leaves(outputs))]
-            torch._foreach_copy_(changed, before)  # back to the state before
-            return after
-
-        try:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # compiles, and makes what is made on first use
-                for _ in range(3):
-                    expected = results(function(learner, *static, schedule, args))
-            torch.cuda.current_stream().wait_stream(stream)
-            with torch.cuda.graph(graph):
-                outputs = function(learner, *static, schedule, args)
-            graph.replay()
-            pairs = zip(results(outputs), expected, strict=True)
-            errors = [((x - y).abs().max() / (1 + y.abs().max())).item() for x, y in pairs]
-            if all(error < 1e-4 for error in errors):  # not max(errors): it may skip a NaN
-                return tree_leaves(static), outputs
-            problem = f"its results differ by {errors}"
-        except RuntimeError as error:
-            torch.cuda.synchronize()
-            results(())
-            problem = one_line(error)
-        tqdm.write(f"not captured as a CUDA graph: {problem}")
-        return None
+    try:
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # makes what is made on first use
+            for _ in range(3):
+                expected = results(function(learner, *static, schedule, args))
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            outputs = function(learner, *static, schedule, args)
+        graph.replay()
+        pairs = zip(results(outputs), expected, strict=True)
+        errors = [((x - y).abs().max() / (1 + y.abs().max())).item() for x, y in pairs]
+        if not all(error < 1e-4 for error in errors):  # not max(errors): it may skip a NaN
+            raise RuntimeError(f"its results differ by {errors}")
+    except RuntimeError as error:
+        torch.cuda.synchronize()
+        results(())
+        tqdm.write(f"not captured as a CUDA graph: {one_line(error)}")
+        return function
 
     def replay(learner, data, noise, schedule, args):
-        if not captures:
-            with torch.cuda.device(schedule[0].device):
-                captures.append(capture(learner, data, noise, schedule, args))
-        if captures[0] is None:
-            return function(learner, data, noise, schedule, args)
-        static, outputs = captures[0]
-        torch._foreach_copy_(static, tree_leaves((data, noise)))
+        torch._foreach_copy_(tree_leaves(static), tree_leaves((data, noise)))
         graph.replay()
         return outputs
 

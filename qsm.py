@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 import runfiles
 from buffer import Batch, ReplayBuffer
-from envs import UserError, guarded, make_envs, step
+from envs import UserError, make_envs, reset, step
 from fast import accelerate
 from networks import Critic, ScoreNet
 
@@ -321,23 +321,21 @@ def evaluate(learner: Learner, envs, schedule: Schedule, args: Args, stopped=lam
     """(return, length) of an episode in each environment, without action noise (SML:306-320).
 
     It has its own environments and generator, from seed + 1,000,000: training is the same with and
-    without evaluation. Returns None when `stopped()` breaks it off.
+    without evaluation. Episodes that `stopped()` breaks off are left out.
     """
     device, seed, N = schedule.betas.device, args.seed + 1_000_000, envs.num_envs
     shape = len(schedule.betas) + 1, args.candidates * N, *envs.single_action_space.shape
     generator = torch.Generator(device).manual_seed(seed)
-    obs, _ = guarded(envs.reset, seed=seed)
+    obs = reset(envs, seed)
     episodes = {}  # the first of each environment: those that end first would be the short ones
-    while len(episodes) < N:
-        if stopped():
-            return None
+    while len(episodes) < N and not stopped():
         noise = torch.randn(shape, device=device, generator=generator)
         noise[-1] = 0
-        obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
-        *_, obs, ended = step(envs, act(learner, obs, noise, schedule, args).cpu().numpy())
+        actions = act(learner, torch.from_numpy(obs).to(device), noise, schedule, args)
+        *_, obs, ended = step(envs, actions.cpu().numpy())
         for i, *episode in ended:
             episodes.setdefault(i, tuple(episode))
-    return [episodes[i] for i in range(N)]
+    return [episodes[i] for i in sorted(episodes)]
 
 
 @runfiles.errors_in_one_line()
@@ -349,7 +347,7 @@ def main(args: Args) -> Path:
     eval_envs = make_envs(args.env_id, args.eval_episodes)
     global_step, num_updates, saved_obs, metrics = saved["loop"] if saved else (0, 0, None, {})
     first_step = global_step  # in the seed: new episodes after a resume are not the first again
-    obs, _ = guarded(envs.reset, seed=args.seed + first_step)
+    obs = reset(envs, args.seed + first_step)
     (obs_dim,), (act_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
     learner = make_learner(args, obs_dim, act_dim, device)
     buffer = ReplayBuffer(args.buffer_size, obs_dim, act_dim, device)
@@ -371,7 +369,8 @@ def main(args: Args) -> Path:
             due = args.eval_every and global_step % args.eval_every < args.num_envs
             if due and files.last_evaluation < global_step:
                 try:
-                    if episodes := evaluate(learner, eval_envs, schedule, args, stop_request):
+                    episodes = evaluate(learner, eval_envs, schedule, args, stop_request)
+                    if not stop_request():
                         files.log_evaluation(global_step, args, episodes)
                 except UserError as error:  # training goes on
                     tqdm.write(f"step {global_step}: no evaluation, {error}")
@@ -382,7 +381,7 @@ def main(args: Args) -> Path:
                 save(envs)
 
             # Act (Algorithm 1 line 2): uniformly at random at first, then with the policy.
-            obs_tensor = torch.as_tensor(obs, dtype=torch.float32, device=device)  # (N, O)
+            obs_tensor = torch.from_numpy(obs).to(device)  # (N, O)
             if global_step < args.learning_starts:
                 actions = 2 * torch.rand(args.num_envs, act_dim, device=device, generator=rng) - 1
             else:
@@ -421,7 +420,7 @@ def main(args: Args) -> Path:
             learner.skipped.zero_()
             raise UserError("a loss is not finite: begin anew with a lower --critic-lr")
         if not save(envs):
-            runfiles.stop(f"step {global_step} could not be saved")
+            raise SystemExit(f"qsm.py: step {global_step} could not be saved")
     except UserError as error:  # the environments may be what is broken
         hint = f". To go on with new episodes: --resume {files.path}" if save(None) else ""
         raise UserError(f"{error}{hint}") from error
@@ -429,9 +428,8 @@ def main(args: Args) -> Path:
         for closable in (stop_request, progress, files, envs, eval_envs):
             closable.close()
     if signum := stop_request():
-        runfiles.stop(
-            f"stopped at step {global_step}; to continue: --resume {files.path}", 128 + signum
-        )
+        print(f"stopped at step {global_step}; to continue: --resume {files.path}")
+        raise SystemExit(128 + signum)
     return files.path
 
 

@@ -7,8 +7,7 @@ made yourself. To pass a policy on to others use model.pt.
 import contextlib
 import errno
 import fcntl
-import importlib.metadata
-import importlib.util
+import importlib
 import io
 import os
 import random
@@ -18,7 +17,6 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import torch
@@ -26,7 +24,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from envs import UserError, one_line
+from envs import UserError, one_line, user_errors
 from fast import tune
 
 DISK = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENOTDIR
@@ -40,52 +38,43 @@ RANGES = {
 }
 
 
-def stop(message: object, code: int = 1) -> NoReturn:
-    """End the program with one line on stderr."""
-    tqdm.write(f"qsm.py: {' '.join(str(message).split())}", file=sys.stderr)
-    raise SystemExit(code)
-
-
 @contextlib.contextmanager
 def errors_in_one_line():
     """Errors that a user can fix end the program with one line; others keep their traceback."""
     try:
         yield
-    except (UserError, MemoryError) as error:
-        stop(error)
-    except OSError as error:
-        if error.errno not in DISK:
-            raise
-        stop(f"{error.filename or 'the folder of the run'}: {error.strerror}")
-    except RuntimeError as error:
+    except Exception as error:
+        if isinstance(error, (UserError, MemoryError)) or getattr(error, "errno", 0) in DISK:
+            raise SystemExit(f"qsm.py: {error}") from None
         if not re.search("(out of|allocate) memory", str(error)):
             raise
-        stop(f"lower --batch-size, --hidden-dims or --candidates: {one_line(error)}")
+        hint = "lower --batch-size, --hidden-dims or --candidates"
+        raise SystemExit(f"qsm.py: {hint}: {one_line(error)}") from None
 
 
 def prepare(args) -> torch.device:
     """Refuse impossible values, seed, and return the device."""
     for names, (low, high) in RANGES.items():
         for name in names.split():
-            if not low <= getattr(args, name) <= high:
+            if not low <= (value := getattr(args, name)) <= high:
                 flag = f"--{name.replace('_', '-')}"
-                raise UserError(f"{flag} must be in [{low}, {high}], got {getattr(args, name)}")
+                raise UserError(f"{flag} must be in [{low}, {high}], got {value}")
     if min(args.hidden_dims, default=0) < 1:
         raise UserError(f"--hidden-dims must be positive widths, got {args.hidden_dims}")
     if args.buffer_size < args.num_envs:
         raise UserError(f"--buffer-size must be at least --num-envs, got {args.buffer_size}")
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    devices = ["cpu", *(["cuda", *gpus] if gpus else [])]
-    name = args.device.replace("auto", "cuda" if gpus else "cpu")
-    if name not in devices:
-        raise UserError(f"--device must be auto or of {devices}, got {args.device}")
+    name = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    with user_errors(f"--device must be auto, cpu, cuda or cuda:N of this machine, got {name}"):
+        device = torch.zeros(1, device=name).device  # cuda as cuda:0
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError("it has not been tried")
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
         torch.use_deterministic_algorithms(True)
-    tune(torch.device(name), args.tf32)
+    tune(device, args.tf32)
     for seed in (random.seed, np.random.seed, torch.manual_seed):  # of whatever an environment uses
         seed(args.seed)
-    return torch.device(name)
+    return device
 
 
 class StopRequest:
@@ -95,12 +84,12 @@ class StopRequest:
         self.signum, both = 0, (signal.SIGTERM, signal.SIGINT)
         self.usual = {signum: signal.signal(signum, self.receive) for signum in both}
 
+    def __call__(self) -> int:
+        return self.signum
+
     def receive(self, signum: int, frame) -> None:
         self.signum = signum
         self.close()
-
-    def __call__(self) -> int:
-        return self.signum
 
     def close(self) -> None:
         for signum, handler in self.usual.items():
@@ -115,26 +104,22 @@ class RunFiles:
     """
 
     def __init__(self, args, saved: dict | None = None):
-        if args.track and not importlib.util.find_spec("wandb"):
-            raise UserError("--track needs: pip install wandb")
-        name = re.sub("[/:]", "-", f"{args.env_id}__qsm__{args.seed}__{int(time.time())}")
-        names = (args.run_dir / (f"{name}-{n}" if n else name) for n in range(1000))
-        self.path = args.resume or next(path for path in names if not path.exists())
+        with user_errors("--track needs: pip install wandb"):
+            wandb = importlib.import_module("wandb") if args.track else None
+        name = re.sub("[/:]", "-", f"{args.env_id}__qsm__{args.seed}__{time.time_ns()}")
+        self.path = args.resume or args.run_dir / name
         self.path.mkdir(parents=True, exist_ok=bool(args.resume))
         plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
         self.args = plain | {"resume": None}
-        if args.track:  # a resumed run goes on under its id
-            import wandb
-
+        if wandb:  # a resumed run goes on under its id
             wandb.init(id=self.path.name, config=self.args, resume="allow", sync_tensorboard=True)
         self.time, self.step = time.perf_counter(), saved["loop"][0] if saved else 0
         self.events = SummaryWriter(self.path, purge_step=self.step + 1 if saved else None)
         sizes, self.last_evaluation = saved["files"] if saved else ((0, 0), -1)
         self.files = [saved["lock"] if saved else locked(self.path)]
         for name, size in zip(("episodes.csv", "evaluations.csv"), sizes):
-            file = (self.path / name).open("a", buffering=1)  # line by line
-            file.truncate(min(size, file.tell()))
-            self.files.append(file)
+            self.files.append((self.path / name).open("a", buffering=1))  # line by line
+            self.files[-1].truncate(min(size, self.files[-1].tell()))
         if not saved:
             self.files[1].write("global_step,env,return,length\n")
             table = "\n".join(f"|{name}|{value}|" for name, value in self.args.items())
@@ -198,11 +183,11 @@ def write_evaluation(file, global_step: int, args, episodes: list[tuple]) -> flo
         file.write("global_step,seed,candidates,episode,return,length\n")
     for i, (episode_return, length) in enumerate(episodes):
         file.write(f"{global_step},{args.seed},{args.candidates},{i},{episode_return},{length}\n")
-    returns = np.array([episode_return for episode_return, _ in episodes])
-    summary = f"mean return {returns.mean():.2f}, standard deviation {returns.std():.2f}"
-    protocol = f"{len(returns)} episodes, seed {args.seed}, best of {args.candidates}"
+    (mean, _), (deviation, _) = np.mean(episodes, 0), np.std(episodes, 0)
+    protocol = f"{len(episodes)} episodes, seed {args.seed}, best of {args.candidates}"
+    summary = f"mean return {mean:.2f}, standard deviation {deviation:.2f}"
     tqdm.write(f"step {global_step}: {summary} ({protocol}, no action noise)")
-    return returns.mean()
+    return mean
 
 
 @contextlib.contextmanager
@@ -219,11 +204,11 @@ def whole_file(path: Path):
         temporary.unlink(missing_ok=True)
 
 
-def versions(rng: torch.Generator) -> dict[str, str]:
-    """Versions and machine that the bits of a run depend on."""
+def versions(rng: torch.Generator) -> dict:
+    """What the bits of a run depend on, besides its arguments."""
+    names = {"torch", "numpy", "gymnasium", "mujoco"} & set(sys.modules)
     machine = {"device": rng.device.type, "threads": torch.get_num_threads()}
-    names, found = ("torch", "numpy", "gymnasium", "mujoco"), importlib.metadata.distributions()
-    return machine | {x.name: x.version for x in found if x.name in names}
+    return machine | {name: sys.modules[name].__version__ for name in sorted(names)}
 
 
 def locked(folder: Path):
@@ -236,23 +221,13 @@ def locked(folder: Path):
         raise UserError(f"{folder} is in use by another process") from None
 
 
-@contextlib.contextmanager
-def reading(path: Path | str):
-    """Whatever goes wrong with a file ends in one line."""
-    try:
-        yield path
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:  # a foreign or damaged file can fail in any way
-        raise UserError(f"{path} is damaged, or not of this qsm.py: {one_line(error)}") from None
-
-
 def load_checkpoint(args) -> tuple:
     """(arguments, what `restore` takes, on the CPU) of the run args.resume, which it locks."""
-    if not (args.resume / "checkpoint.npz").exists():
+    path = args.resume / "checkpoint.npz"
+    if not path.exists():
         raise UserError(f"{args.resume} has no checkpoint.npz")
     lock = locked(args.resume)
-    with reading(args.resume / "checkpoint.npz") as path:
+    with user_errors(f"{path} is damaged, or not of this qsm.py"):
         archive = np.load(path)  # arrays are read when asked for
         if damaged := archive.zip.testzip():
             raise ValueError(f"the checksum of {damaged} is wrong")
@@ -265,14 +240,16 @@ def load_checkpoint(args) -> tuple:
 def restore(saved: dict, learner, buffer, envs, rng: torch.Generator) -> bool:
     """Put back what `RunFiles.save` wrote; False if the simulators could not be saved."""
     print(f"resuming at step {saved['loop'][0]} with the run's arguments; other flags are ignored")
-    with reading("the checkpoint"):
+    with user_errors("the checkpoint is damaged, or not of this qsm.py"):
         for part, state in zip(learner, saved["learner"], strict=True):
-            if isinstance(part, torch.optim.Optimizer):
+            if isinstance(part, torch.Tensor):
+                part.copy_(state)
+            elif isinstance(part, torch.optim.Optimizer):
                 own = {name: part.param_groups[0][name] for name in ("lr", "capturable")}
                 part.load_state_dict(state)
                 part.param_groups[0].update(own)  # of this device
             else:
-                part.copy_(state) if isinstance(part, torch.Tensor) else part.load_state_dict(state)
+                part.load_state_dict(state)
         buffer.size, buffer.position = saved["size"], saved["position"]
         for name, stored in buffer.storage._asdict().items():
             stored[: buffer.size] = torch.from_numpy(saved["buffer"][name])

@@ -19,7 +19,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import runfiles
-from envs import UserError, make_env, one_line
+from envs import UserError, make_env, user_errors
 from fast import tune
 from qsm import Args, Learner, evaluate, make_learner, make_schedule
 
@@ -40,7 +40,8 @@ class Evaluation:
 
 def load_policy(run: Path) -> tuple[Args, Learner, int]:
     """Arguments, learner (networks and scale of dQ/da are those of the run, on the CPU), and steps made."""
-    with runfiles.reading(run / "model.pt") as path:
+    path = run / "model.pt"
+    with user_errors(f"{path} is damaged, or not of this qsm.py"):
         model = torch.load(path, map_location="cpu", weights_only=True)
         args = Args(**model["args"])
         act_dim = len(model["score_net"]["out.bias"])
@@ -53,15 +54,13 @@ def load_policy(run: Path) -> tuple[Args, Learner, int]:
 
 
 def make_video_env(env_id: str, path: Path) -> gym.Env:
-    try:
+    needs = "moviepy, and libegl1 or, with MUJOCO_GL=osmesa, libosmesa6"
+    with user_errors(f"cannot record, which needs {needs}"):
         env = make_env(env_id, render_mode="rgb_array")
         env.reset(seed=0)
         env.render()  # a missing OpenGL library shows here
         options = {"episode_trigger": lambda episode: episode == 0, "name_prefix": path.name}
         return gym.wrappers.RecordVideo(env, str(path.parent), **options)
-    except Exception as error:
-        hint = "videos need moviepy, and libegl1 or, with MUJOCO_GL=osmesa, libosmesa6"
-        raise UserError(f"cannot record: {one_line(error)}; {hint}") from None
 
 
 @runfiles.errors_in_one_line()

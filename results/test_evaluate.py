@@ -79,7 +79,7 @@ def test_video_of_the_first_episode(monkeypatch, tmp_path, capsys):
     flags = Evaluation(run, episodes=2, video=True)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "moviepy", None)  # makes the import fail
-        fails(capsys, flags, "cannot record: Dependency.*moviepy", main)
+        fails(capsys, flags, "cannot record, which needs moviepy.*Dependency", main)
     pytest.importorskip("moviepy", reason="an mp4 needs moviepy, which is optional")
     main(flags)
     video = run_of(run / "videos")
