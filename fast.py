@@ -11,7 +11,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
-from envs import UserError, one_line
+from envs import one_line
 
 
 def mish(x: torch.Tensor) -> torch.Tensor:
@@ -66,43 +66,29 @@ def tune(device: torch.device, tf32: bool = False) -> None:
 
 
 def tensors_in(learner) -> list[torch.Tensor]:
-    """Every tensor of a NamedTuple of modules, optimizers and tensors, once each."""
-    tensors = []
-    for part in learner:
-        if isinstance(part, torch.nn.Module):
-            tensors += [*part.parameters(), *part.buffers()]
-        elif isinstance(part, torch.optim.Optimizer):
-            tensors += [*tree_leaves(list(part.state.values())), part.param_groups[0]["lr"]]
-        else:
-            tensors.append(part)
-    return tensors
+    """Every tensor of a learner, once each: of three networks, two optimizers, and the others."""
+    tensors = [x for net in learner[:3] for x in (*net.parameters(), *net.buffers())]
+    for optimizer in learner[3:5]:
+        tensors += [*tree_leaves(list(optimizer.state.values())), optimizer.param_groups[0]["lr"]]
+    return [*tensors, *learner[5:]]
 
 
 def accelerate(function, args, device: torch.device):
     """`function(learner, data, noise, schedule, args)`, made fast as `args` say.
 
     The result is always called with the same learner, schedule and args, and with data and noise of
-    the same shapes. Compilation and capture happen on the first call once the optimizers have made
-    their state. Where they fail, one line says so and the function runs as it is.
-
-    Raises:
-        UserError: capture is requested but unavailable.
+    the same shapes. Compilation and capture happen on the first call. Where they fail, one line
+    says so and the function runs as it is.
     """
-    cuda, ways = device.type == "cuda", []
-    if args.cuda_graph and not cuda:
-        raise UserError(f"--cuda-graph True needs a CUDA device, not {device}")
     many = args.utd * (args.total_timesteps - args.learning_starts) > 20_000
-    if args.compile or (args.compile is None and many):
-        ways.append(compiled)
-    if cuda and args.cuda_graph is not False:
-        ways.append(captured)
+    ways = [compiled] if args.compile or (args.compile is None and many) else []
+    ways += [captured] if args.cuda_graph and device.type == "cuda" else []
 
-    def accelerated(learner, *rest):
+    def accelerated(*inputs):
         nonlocal function
-        if ways and all(x.state for x in learner if isinstance(x, torch.optim.Optimizer)):
-            while ways:
-                function = ways.pop(0)(function, learner, *rest)
-        return function(learner, *rest)
+        while ways:
+            function = ways.pop(0)(function, *inputs)
+        return function(*inputs)
 
     return accelerated
 
@@ -116,8 +102,6 @@ def compiled(function, learner, data, noise, schedule, args):
     import torch._inductor  # takes a second
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    for optimizer in (x for x in learner if isinstance(x, torch.optim.Optimizer)):
-        optimizer.zero_grad()  # gradients are made within the graph
     everything = [*tensors_in(learner), *schedule, *tree_leaves((data, noise))]
 
     def on_tensors(*traced):

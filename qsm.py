@@ -56,7 +56,7 @@ class Args:
     deterministic: bool = False  # the same bits on every run on CUDA too, slower
     tf32: bool = False  # on CUDA: matrix products in TensorFloat-32
     compile: bool | None = None  # None: if more than 20,000 updates are to be made
-    cuda_graph: bool | None = None  # replay acting and updates as CUDA graphs; None: on CUDA
+    cuda_graph: bool = True  # on CUDA: replay acting and updates as CUDA graphs
     run_dir: Path = Path("runs")  # where the folder of this run is made
     track: bool = False  # mirror the event file to Weights & Biases (WANDB_PROJECT, WANDB_ENTITY)
     total_timesteps: int = 1_000_000  # environment steps, counted over all environments
@@ -217,11 +217,12 @@ def make_learner(args: Args, obs_dim: int, act_dim: int, device: torch.device | 
     score_net = ScoreNet(obs_dim, act_dim, args.hidden_dims, args.diffusion_steps).to(device)
     critic = Critic(obs_dim, act_dim, args.hidden_dims).to(device)
     critic_target = copy.deepcopy(critic).requires_grad_(False)
-    optimizers = []
+    flags, optimizers = dict(fused=True, capturable=torch.device(device).type == "cuda"), []
     for net, lr in (score_net, args.actor_lr), (critic, args.critic_lr):
-        flags = dict(fused=True, capturable=torch.device(device).type == "cuda")
         lr = torch.tensor(lr, device=device)  # a tensor, to be changed in place
         optimizers.append(torch.optim.Adam(net.parameters(), lr, **flags))
+        nan = math.nan * sum(parameter.sum() for parameter in net.parameters())
+        minimise(optimizers[-1], nan)  # makes moments and step count, and changes nothing
     q_scale, skipped = torch.zeros(2, device=device), torch.zeros((), device=device)
     return Learner(score_net, critic, critic_target, *optimizers, q_scale, skipped)
 
@@ -388,9 +389,10 @@ def main(args: Args) -> Path:
                 shape = T + 1, args.candidates * args.num_envs, act_dim
                 noise = torch.randn(shape, device=device, generator=rng)
                 actions = act_fast(learner, obs_tensor, noise, schedule, args)  # (N, A)
-            actions_cpu = actions.cpu().numpy()
-            if not np.isfinite(actions_cpu).all():
-                raise UserError("the actions are not finite: begin anew with a lower --actor-lr")
+            actions_cpu = actions.cpu().numpy()  # the one wait for the device
+            if learner.skipped > 0 or not np.isfinite(actions_cpu).all():
+                learner.skipped.zero_()
+                raise UserError("a loss or an action is not finite: lower the learning rates")
 
             # Update until floor(utd * steps since learning_starts) updates are made. The step below
             # is not in the buffer yet: a GPU can update while the environments step.
@@ -414,11 +416,6 @@ def main(args: Args) -> Path:
                 progress.set_postfix_str(f"return {episode[1]:.1f}", refresh=False)
             if metrics and global_step % args.log_every < args.num_envs:
                 files.log_scalars(global_step, metrics)
-                if learner.skipped > 0:
-                    break
-        if learner.skipped > 0:
-            learner.skipped.zero_()
-            raise UserError("a loss is not finite: begin anew with a lower --critic-lr")
         if not save(envs):
             raise SystemExit(f"qsm.py: step {global_step} could not be saved")
     except UserError as error:  # the environments may be what is broken

@@ -25,12 +25,12 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from envs import UserError, one_line, user_errors
-from fast import tune
+from fast import tensors_in, tune
 
 DISK = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENOTDIR
 COUNTS = "total_timesteps num_envs eval_episodes log_every buffer_size batch_size diffusion_steps"
 RANGES = {
-    f"{COUNTS} candidates": (1, 10**12),
+    f"{COUNTS} candidates hidden_dims": (1, 10**12),
     "learning_starts eval_every checkpoint_every actor_lr_decay action_noise alpha": (0, 10**12),
     "utd actor_lr critic_lr": (1e-9, 10**6),
     "gamma tau": (0, 1),
@@ -56,11 +56,10 @@ def prepare(args) -> torch.device:
     """Refuse impossible values, seed, and return the device."""
     for names, (low, high) in RANGES.items():
         for name in names.split():
-            if not low <= (value := getattr(args, name)) <= high:
+            values = np.atleast_1d(getattr(args, name))  # of --hidden-dims several, or none
+            if not (values.size and low <= values.min() and values.max() <= high):
                 flag = f"--{name.replace('_', '-')}"
-                raise UserError(f"{flag} must be in [{low}, {high}], got {value}")
-    if min(args.hidden_dims, default=0) < 1:
-        raise UserError(f"--hidden-dims must be positive widths, got {args.hidden_dims}")
+                raise UserError(f"{flag} must be in [{low}, {high}], got {getattr(args, name)}")
     if args.buffer_size < args.num_envs:
         raise UserError(f"--buffer-size must be at least --num-envs, got {args.buffer_size}")
     name = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
@@ -148,15 +147,14 @@ class RunFiles:
         Without `envs` a resumed run starts with new episodes.
         """
         self.events.flush()  # else a killed run lacks events from before its checkpoint
-        states = [x if isinstance(x, torch.Tensor) else x.state_dict() for x in learner]
-        states = tree_map_only(torch.Tensor, torch.Tensor.cpu, states)
-        model = dict(score_net=states[0], critic=states[1], q_scale=states[5])
-        model |= dict(args=self.args, global_step=loop[0])
-        saved = dict(args=self.args, loop=loop, learner=states, versions=versions(rng))
+        saved = dict(args=self.args, loop=loop, versions=versions(rng), rng=rng.get_state())
+        saved |= dict(learner=[x.detach().cpu() for x in tensors_in(learner)])
         sizes = [os.fstat(file.fileno()).st_size for file in self.files[1:]]
-        saved |= dict(files=(sizes, self.last_evaluation), rng=rng.get_state())
-        saved |= dict(envs=envs.get_attr("snapshot") if envs else (None,))
-        saved |= dict(size=buffer.size, position=buffer.position)
+        saved |= dict(files=(sizes, self.last_evaluation), size=buffer.size)
+        saved |= dict(envs=envs.get_attr("snapshot") if envs else (None,), position=buffer.position)
+        model = dict(args=self.args, global_step=loop[0], q_scale=learner.q_scale)
+        model |= {k: getattr(learner, k).state_dict() for k in ("score_net", "critic")}
+        model = tree_map_only(torch.Tensor, torch.Tensor.cpu, model)
         rows = {k: x[: buffer.size].cpu().numpy() for k, x in buffer.storage._asdict().items()}
         try:
             if not all(p.isfinite().all() for net in learner[:3] for p in net.parameters()):
@@ -241,15 +239,8 @@ def restore(saved: dict, learner, buffer, envs, rng: torch.Generator) -> bool:
     """Put back what `RunFiles.save` wrote; False if the simulators could not be saved."""
     print(f"resuming at step {saved['loop'][0]} with the run's arguments; other flags are ignored")
     with user_errors("the checkpoint is damaged, or not of this qsm.py"):
-        for part, state in zip(learner, saved["learner"], strict=True):
-            if isinstance(part, torch.Tensor):
-                part.copy_(state)
-            elif isinstance(part, torch.optim.Optimizer):
-                own = {name: part.param_groups[0][name] for name in ("lr", "capturable")}
-                part.load_state_dict(state)
-                part.param_groups[0].update(own)  # of this device
-            else:
-                part.load_state_dict(state)
+        for tensor, stored in zip(tensors_in(learner), saved["learner"], strict=True):
+            tensor.detach().copy_(stored)
         buffer.size, buffer.position = saved["size"], saved["position"]
         for name, stored in buffer.storage._asdict().items():
             stored[: buffer.size] = torch.from_numpy(saved["buffer"][name])

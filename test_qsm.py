@@ -814,7 +814,7 @@ def test_run_resumed_after_a_signal(changes, signum, call, saved, monkeypatch, t
 def test_checkpoint_of_another_device_is_resumed_and_told(finished, monkeypatch, capsys):
     """The generator's state is the only part of a checkpoint that a CPU cannot take from CUDA."""
     args, saved = runfiles.load_checkpoint(Args(resume=finished, gamma=0.5))
-    assert (args.gamma, args.cuda_graph) == (0.99, None)  # as given, not as this machine has it
+    assert (args.gamma, args.device) == (0.99, "cpu")
     args.total_timesteps = 70
     saved |= {"rng": saved["rng"][:16], "versions": {"device": "cuda", "torch": "4.0"}}
     monkeypatch.setattr(runfiles, "load_checkpoint", lambda _: (args, saved))
@@ -882,22 +882,19 @@ def test_broken_environment_stops_the_run(value, where, monkeypatch, tmp_path, c
     assert checkpoint(run)["envs"] == (None, None)
 
 
-@pytest.mark.parametrize(
-    ("what", "log_every", "saved"), [("loss", 25, 50), ("loss", 1000, 60), ("actions", 20, 40)]
-)
-def test_nan_stops_the_run_and_is_not_saved(what, log_every, saved, monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize(("what", "saved"), [("loss", 46), ("action", 40)])
+def test_nan_stops_the_run_and_is_not_saved(what, saved, monkeypatch, tmp_path, capsys):
     real_update, count = qsm.update, []
 
     def poisoned(learner, batch, *rest):
         count.append(1)
-        if len(count) == 25:  # after the checkpoint at step 40
+        if len(count) == 25:  # at step 45, after the checkpoint at step 40
             x = batch.rewards if what == "loss" else learner.score_net.out.bias.data
             x.fill_(math.nan)
         return real_update(learner, batch, *rest)
 
     monkeypatch.setattr(qsm, "update", poisoned)
-    args = quick(tmp_path, checkpoint_every=40, log_every=log_every)
-    fails(capsys, args, rf"{what} \w+ not finite: begin anew")
+    fails(capsys, quick(tmp_path, checkpoint_every=40), "a loss or an action is not finite")
     run = run_of(tmp_path)
     assert checkpoint(run)["step"] == saved
     assert all(x.isfinite().all() for x in weights(run))
@@ -973,7 +970,7 @@ def test_runs_have_names_of_their_own_and_are_tracked(monkeypatch, tmp_path):
 
 IMPOSSIBLE = [("gamma", 1.5), ("gamma", math.nan), ("total_timesteps", 0), ("seed", -1)]
 IMPOSSIBLE += [("utd", 0.0), ("hidden_dims", ()), ("alpha", -1.0), ("num_envs", 1001)]
-IMPOSSIBLE += [("device", "tpu"), ("device", "cuda:99"), ("cuda_graph", True)]
+IMPOSSIBLE += [("device", "tpu"), ("device", "cuda:99"), ("device", "meta")]
 IMPOSSIBLE = [(name, value, "--" + name.replace("_", "-")) for name, value in IMPOSSIBLE]
 IMPOSSIBLE += [("env_id", "CartPole-v1", "1-D Box"), ("env_id", "Square-v0", "1-D Box")]
 IMPOSSIBLE += [("env_id", "NoSuchEnv-v0", "cannot make NoSuch"), ("env_id", "Pusher-v4", "mujoco")]

@@ -40,7 +40,7 @@ def test_evaluation_of_a_saved_policy_is_the_one_of_the_run(tmp_path, capsys):
     saved, of_the_run = rows(run / "evaluate.csv"), rows(run / "evaluations.csv")
     assert saved[:3] == of_the_run[-3:]
     assert saved[0]["return"] != saved[3]["return"]
-    assert torch.equal(load_policy(run)[1].q_scale, checkpoint(run)["learner"][5])
+    assert torch.equal(load_policy(run)[1].q_scale, checkpoint(run)["learner"][-2])
 
 
 def test_command_line(finished):
