@@ -143,10 +143,8 @@ def show(runs: list[Run], states: dict, first_steps: dict, start: float) -> None
         left = (run.total_steps - steps) * (time.monotonic() - start) / 60 / made if made else 0
         left = f"{left:.0f} min left" if left and not run.done else ""
         state = "done" if run.done else states.get(run.name, "")
-        print(
-            f"{run.name:50} {steps:>10,} of {run.total_steps:,}  return {mean:>7} {left:>14} {state}"
-        )
-    sys.stdout.flush()
+        line = f"{run.name:50} {steps:>10,} of {run.total_steps:,}  return {mean:>7}"
+        print(line, f"{left:>14} {state}", flush=True)
 
 
 def on_ray(runs: list[Run], args: argparse.Namespace) -> list:
