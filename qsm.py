@@ -16,11 +16,10 @@ the score network (as in the ICLR 2024 submission; the ICML text was not at hand
 
 --score-target released does line 6 as the authors' code does: noise a to a_t, and regress
 eps(s, a_t, t) onto -alpha dQ/da(s, a_t). The default, posterior, is ours and has another line 6
-(docs/score_target.md), at the batch's a and at the a' of line 4. The network predicts x(s, a_t, t),
-the mean clean action given a_t. Its target is the mean of exp(alpha g a) N(a_t; sqrt(abar_t) a,
-1 - abar_t) on [-1, 1], exact where Q is linear; abar = alphas_cumprod. The slope g is dQ/da at x,
-limited to between 0 and dQ/da at the mean for a flat Q, over a running mean of |g|. The score at
-a_t is (sqrt(abar_t) x - a_t) / (1 - abar_t).
+(docs/score_target.md). The network predicts x(s, a_t, t), the mean clean action given a_t. Its
+target is the mean of exp(alpha g a) N(a_t; sqrt(abar_t) a, 1 - abar_t) on [-1, 1], exact where Q is
+linear; abar = alphas_cumprod. The slope g is dQ/da at x, limited to between 0 and dQ/da at the mean
+for a flat Q, over a running mean of |g|. The score at a_t is (sqrt(abar_t) x - a_t) / (1 - abar_t).
 
 "Released" below is the authors' JAX code, github.com/Alescontrela/score_matching_rl at 2e77893; SML
 is its jaxrl5/agents/score_matching/score_matching_learner.py, DIF its jaxrl5/networks/diffusion.py.
@@ -248,9 +247,9 @@ def update(learner: Learner, batch: Batch, noise: Noise, schedule: Schedule, arg
 
     # Line 4: TD target (SML:180-210). Only a termination ends the sum; time limits bootstrap.
     with torch.no_grad():  # the score network itself acts: there is no target actor
-        own_actions = sample_actions(score_net, batch.next_obs, noise.next_actions, schedule, args)
+        next_actions = sample_actions(score_net, batch.next_obs, noise.next_actions, schedule, args)
         action_noise = args.action_noise * noise.next_actions[-1]  # as released, SML:193-195
-        next_actions = (own_actions + action_noise).clamp(-1, 1)  # (B, A)
+        next_actions = (next_actions + action_noise).clamp(-1, 1)  # (B, A)
         next_q = critic_target(batch.next_obs, next_actions).amin(0)  # (B,), clipped double Q
         y = batch.rewards + args.gamma * (1 - batch.terminations) * next_q  # (B,)
 
@@ -259,25 +258,20 @@ def update(learner: Learner, batch: Batch, noise: Noise, schedule: Schedule, arg
     critic_loss = (q - y).square().mean(1).sum()
     skipped += minimise(critic_optimizer, critic_loss)
 
-    # Line 6: score network. Actions are noised to level t (SML:250-259): the replayed ones; in our
-    # target half of them are the policy's own at s', whose noised ones the sampler meets.
-    obs, actions, half = batch.obs, batch.actions, len(y) // 2
-    if posterior:
-        obs = torch.cat([obs[:half], batch.next_obs[half:]])  # (B, O)
-        actions = torch.cat([actions[:half], own_actions[half:]])  # (B, A)
+    # Line 6: score network. The replayed action is noised to level t (SML:250-259).
     abar = schedule.alphas_cumprod[noise.t, None]  # (B, 1)
-    noisy_actions = abar.sqrt() * actions + (1 - abar).sqrt() * noise.actions  # (B, A)
-    prediction = score_net(obs, noisy_actions, noise.t)  # (B, A), clean action; released: eps
+    noisy_actions = abar.sqrt() * batch.actions + (1 - abar).sqrt() * noise.actions  # (B, A)
+    prediction = score_net(batch.obs, noisy_actions, noise.t)  # (B, A), clean action; released: eps
     if posterior:
         # The slope in a coordinate is the smaller of dQ/da at the prediction and dQ/da at the mean
         # for a flat Q, and 0 where their signs differ, as over a hill or a valley (minmod).
         clean = prediction.detach().clamp(-1, 1)  # (B, A)
         flat = posterior_mean(0.0, noisy_actions, abar, schedule)  # (B, A)
         points = torch.cat([clean, flat])  # (2B, A)
-        at_clean, at_flat = q_gradient(critic, obs.repeat(2, 1), points).chunk(2)  # (B, A)
+        at_clean, at_flat = q_gradient(critic, batch.obs.repeat(2, 1), points).chunk(2)  # (B, A)
         q_grad = at_clean.clamp(at_flat.clamp_max(0), at_flat.clamp_min(0))  # (B, A)
     else:
-        q_grad = q_gradient(critic, obs, noisy_actions)  # (B, A)
+        q_grad = q_gradient(critic, batch.obs, noisy_actions)  # (B, A)
     q_grad_abs = q_grad.abs().mean()
     new_q_scale = q_scale.lerp(torch.stack([q_grad_abs, torch.ones_like(q_grad_abs)]), 0.001)
     if args.normalize_q_grad:
