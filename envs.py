@@ -90,8 +90,7 @@ def make_env(env_id: str, **options) -> gym.Env:
     if not isinstance(env.observation_space, gym.spaces.Box):
         raise UserError(f"QSM needs a Box of observations; {env_id} has {env.observation_space}")
     # Bounds differ between tasks (Humanoid +-0.4). RescaleAction does not clip; the sampler does.
-    one = space.dtype.type(1)
-    env = gym.wrappers.RescaleAction(env, -one, one)
+    env = gym.wrappers.RescaleAction(env, *np.array([-1, 1], space.dtype))
     return Snapshot(gym.wrappers.RecordEpisodeStatistics(env))
 
 
