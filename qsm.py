@@ -389,7 +389,7 @@ def main(args: Args) -> Path:
                 shape = T + 1, args.candidates * args.num_envs, act_dim
                 noise = torch.randn(shape, device=device, generator=rng)
                 actions = act_fast(learner, obs_tensor, noise, schedule, args)  # (N, A)
-            actions_cpu = actions.cpu().numpy()  # the one wait for the device
+            actions_cpu = actions.cpu().numpy()  # after this wait, reading skipped is cheap
             if learner.skipped > 0 or not np.isfinite(actions_cpu).all():
                 learner.skipped.zero_()
                 raise UserError("a loss or an action is not finite: lower the learning rates")
