@@ -4,10 +4,10 @@
     python results/run.py results/mujoco-1m.json --ray auto    # on a Ray cluster (pip install ray)
 
 A table is a JSON file with lists "env_ids" and "seeds" and a dict "variants" from a label to a
-command, to which --env-id and --seed are added. A run works in runs/<table>/<run>, which is on a
-shared disk for a cluster, and ends in results/<table>/<run>. Killed at any moment and started
-again, this makes the same data: qsm.py goes on from its last checkpoint, bit for bit.
-Stable-Baselines3 has no exact resume: a run of peers.py starts again.
+command, to which --env-id, --seed and the task's "flags" are added. A run works in
+runs/<table>/<run>, which is on a shared disk for a cluster, and ends in results/<table>/<run>.
+Killed at any moment and started again, this makes the same data: qsm.py goes on from its last
+checkpoint, bit for bit. Stable-Baselines3 has no exact resume: a run of peers.py starts again.
 """
 
 import argparse
@@ -68,7 +68,7 @@ class Run:
 def read_table(path: Path) -> list[Run]:
     table = json.loads(path.read_text())
     return [
-        Run(path.stem, label, env_id, seed, command)
+        Run(path.stem, label, env_id, seed, f"{command} {table.get('flags', {}).get(env_id, '')}")
         for seed in table["seeds"]
         for env_id in table["env_ids"]
         for label, command in table["variants"].items()

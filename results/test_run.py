@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 COMMAND = (
-    "qsm.py --total-timesteps 1200 --learning-starts 400 --hidden-dims 8 8 --batch-size 16 "
+    "qsm.py --learning-starts 400 --hidden-dims 8 8 --batch-size 16 "
     "--eval-every 600 --eval-episodes 2 --checkpoint-every 50 --log-every 200"
 )
 
@@ -27,6 +27,7 @@ def start(folder: Path, *flags: str) -> subprocess.Popen:
         for path in (*ROOT.glob("*.py"), *ROOT.glob("results/*.py")):
             shutil.copy(path, folder / path.relative_to(ROOT))
         table = {"env_ids": ["Pendulum-v1"], "seeds": [1, 2], "variants": {"quick": COMMAND}}
+        table["flags"] = {"Pendulum-v1": "--total-timesteps 1200"}
         (folder / "table.json").write_text(json.dumps(table))
     command = [sys.executable, "results/run.py", "table.json", *flags]
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
