@@ -13,7 +13,7 @@ class Batch(NamedTuple):
     actions: torch.Tensor  # (B, A), in [-1, 1]
     rewards: torch.Tensor  # (B,)
     next_obs: torch.Tensor  # (B, O), the true final observation where an episode ended
-    terminations: torch.Tensor  # (B,), 1 at a terminal state, else 0, as at a time limit
+    terminations: torch.Tensor  # (B,), 1 at a terminal state, else 0, also at a time limit
 
 
 class ReplayBuffer:

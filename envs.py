@@ -1,4 +1,4 @@
-"""Vectorized Gymnasium environments: actions in [-1, 1], no transition crosses an episode."""
+"""Vectorized Gymnasium environments: actions in [-1, 1], no transition crosses an episode's end."""
 
 import contextlib
 import pickle
@@ -11,11 +11,11 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 
 class UserError(Exception):
-    """An error that a user can fix; the text is one line that says how."""
+    """An error that a user can fix; the text is one line."""
 
 
 def one_line(error: Exception) -> str:
-    """Kind and start of the text of an exception."""
+    """Type and start of the text of an exception."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:250]
 
 
@@ -49,7 +49,7 @@ class Snapshot(gym.Wrapper):
         wrapping = ["env", "func", "_saved_kwargs"]
         constant = ["spec", "action_space", "observation_space"]
         if hasattr(self.unwrapped, "mujoco_renderer"):
-            constant += ["mujoco_renderer", "model"]  # megabytes
+            constant += ["mujoco_renderer", "model"]  # megabytes; changes of it are lost
         states = []
         for layer in self.layers():
             shared = constant + (wrapping if isinstance(layer, gym.Wrapper) else [])
@@ -68,13 +68,8 @@ class Snapshot(gym.Wrapper):
 def make_env(env_id: str, **options) -> gym.Env:
     """One environment: flat float observations, actions rescaled from [-1, 1], episode statistics.
 
-    Args:
-        env_id: any Gymnasium id with a Box (or dict of Box) observation and a bounded Box action
-            space; module:id imports the module first; dm_control/... needs the package shimmy.
-        options: of gym.make.
-
-    Raises:
-        UserError: unknown id, missing package, or spaces that are not continuous and bounded.
+    `options` are gym.make's. UserError: an unknown id, a missing package, or spaces that are not
+    a Box (observations: or a dict of them) and, for actions, 1-D, bounded and continuous.
     """
     hint = ""
     if env_id.startswith("dm_control/"):  # gym.make imports what is before a colon
@@ -83,8 +78,9 @@ def make_env(env_id: str, **options) -> gym.Env:
         warnings.filterwarnings("ignore", ".*is out of date")  # v4: published tables use it
         env = gym.make(env_id, **options)
     space = env.action_space
-    if not (isinstance(space, gym.spaces.Box) and space.is_bounded() and len(space.shape) == 1):
-        raise UserError(f"QSM needs a vector of bounded actions (1-D Box); {env_id} has {space}")
+    box = isinstance(space, gym.spaces.Box) and space.is_bounded() and len(space.shape) == 1
+    if not (box and space.dtype.kind == "f" and (space.low < space.high).all()):
+        raise UserError(f"QSM needs actions in a continuous 1-D Box with bounds, not {space}")
     if len(env.observation_space.shape or ()) != 1:  # images, dicts
         env = gym.wrappers.FlattenObservation(env)
     if not isinstance(env.observation_space, gym.spaces.Box):
@@ -95,8 +91,8 @@ def make_env(env_id: str, **options) -> gym.Env:
 
 
 def make_envs(env_id: str, num_envs: int) -> SyncVectorEnv:
-    """`num_envs` copies of `make_env(env_id)`, which `step` steps one after the other."""
-    # Workers were slower: on 2 cores 4 HalfCheetah-v4 step 0.4 times as fast in processes.
+    """`num_envs` copies of `make_env(env_id)`, stepped one after the other."""
+    # Worker processes are slower: on 2 cores, 0.4 times the speed for 4 HalfCheetah-v4.
     # Gymnasium's default, NEXT_STEP, would put one bogus transition per episode into the buffer.
     mode = AutoresetMode.SAME_STEP
     return SyncVectorEnv([partial(make_env, env_id)] * num_envs, autoreset_mode=mode)
@@ -104,8 +100,11 @@ def make_envs(env_id: str, num_envs: int) -> SyncVectorEnv:
 
 def reset(envs: SyncVectorEnv, seed: int) -> np.ndarray:
     """First observations (N, O) of new episodes in float32; environment i gets seed + i."""
-    with user_errors("an environment failed"):
-        return envs.reset(seed=seed)[0].astype(np.float32)
+    with user_errors("an environment failed"), np.errstate(over="ignore"):
+        obs = envs.reset(seed=seed)[0].astype(np.float32)
+    if not np.isfinite(obs).all():
+        raise UserError("an environment began with a value that is not finite")
+    return obs
 
 
 def step(envs: SyncVectorEnv, actions: np.ndarray) -> tuple:
@@ -114,7 +113,7 @@ def step(envs: SyncVectorEnv, actions: np.ndarray) -> tuple:
     Returns in float32: rewards (N,); next_obs (N, O), what the step led to, the final observation
     of an ended episode; terminations (N,), 0 or 1, and 0 for a time limit; obs (N, O), what to act
     on next, the first observation of the next episode. And (environment, return, length) of each
-    episode that ended. A UserError: an environment failed, or a value is not finite in float32.
+    episode that ended. UserError: an environment failed, or a value is not finite in float32.
     """
     with user_errors("an environment failed"):
         obs, rewards, terminations, truncations, infos = envs.step(actions)

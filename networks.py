@@ -19,11 +19,7 @@ class ScoreNet(nn.Module):
     An MLP with Mish over the concatenation of action, observation and time embedding (released
     code: networks/diffusion.py:45-68). The first layer is applied in three pieces,
     W [a; s; e] = W_a a + W_s s + W_e e: a sampling call then computes W_s s once, not T times.
-
-    Args:
-        obs_dim, act_dim: sizes O and A of one observation and one action.
-        hidden_dims: widths of the hidden layers; H below is the first of them.
-        diffusion_steps: T, the number of denoising steps.
+    O, A, H and T are obs_dim, act_dim, hidden_dims[0] and diffusion_steps.
     """
 
     def __init__(self, obs_dim: int, act_dim: int, hidden_dims=(512, 512), diffusion_steps=10):
@@ -70,12 +66,8 @@ class ScoreNet(nn.Module):
 class Critic(nn.Module):
     """Two Q-functions as one network with a leading dimension of 2: ReLU MLPs over [s; a].
 
-    The first layer is applied in two pieces: the gradient to the action, which is what QSM needs
-    from the critic, then never computes the observation's columns.
-
-    Args:
-        obs_dim, act_dim: sizes O and A of one observation and one action.
-        hidden_dims: widths of the hidden layers of each of the two networks.
+    The first layer is applied in two pieces: the gradient in the action, all that QSM asks of the
+    critic, then skips the observation's rows.
     """
 
     def __init__(self, obs_dim: int, act_dim: int, hidden_dims=(512, 512)):
@@ -85,7 +77,7 @@ class Critic(nn.Module):
         self.weights = nn.ParameterList(torch.empty(2, *io) for io in zip(widths[:-1], widths[1:]))
         self.biases = nn.ParameterList(torch.zeros(2, 1, width) for width in widths[1:])
         for weight in self.weights:
-            for one in weight:  # each alone: of a 3-D tensor torch would take other fans
+            for one in weight:  # one by one: for a 3-D tensor torch computes other fans
                 nn.init.xavier_uniform_(one)
 
     def forward(self, obs: Tensor, actions: Tensor) -> Tensor:

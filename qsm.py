@@ -4,7 +4,7 @@ Psenka, Escontrela, Abbeel, Ma: "Learning a Diffusion Model Policy from Rewards 
 Matching", ICML 2024, arXiv 2312.11752. A policy pi(a|s) ~ exp(alpha Q(s, a)) has the score
 grad_a log pi = alpha dQ/da. QSM regresses the network of a diffusion policy onto that action
 gradient, instead of back-propagating through the denoising chain. The paper's Algorithm 1, with Psi
-the score network (as in the ICLR 2024 submission; the ICML text was not at hand):
+the score network (from the ICLR 2024 submission; we did not have the ICML text):
 
     1  initialise critics Q_1, Q_2, score network Psi, targets Q' = Q, an empty replay buffer
     2  act with a sample of the diffusion policy, store the transition
@@ -14,12 +14,13 @@ the score network (as in the ICLR 2024 submission; the ICML text was not at hand
     6  score network: minimise mean |Psi(s, a) - dQ/da(s, a)|^2
     7  Q' <- tau Q + (1 - tau) Q'
 
---score-target released does line 6 as the authors' code does: noise a to a_t, and regress
-eps(s, a_t, t) onto -alpha dQ/da(s, a_t). The default, posterior, is ours and has another line 6
+--score-target released does line 6 as the authors' code does: it noises a to a_t and regresses
+eps(s, a_t, t) onto -alpha dQ/da(s, a_t). The default, posterior, is ours and replaces line 6
 (docs/score_target.md). The network predicts x(s, a_t, t), the mean clean action given a_t. Its
 target is the mean of exp(alpha g a) N(a_t; sqrt(abar_t) a, 1 - abar_t) on [-1, 1], exact where Q is
-linear; abar = alphas_cumprod. The slope g is dQ/da at x, limited to between 0 and dQ/da at the mean
-for a flat Q, over a running mean of |g|. The score at a_t is (sqrt(abar_t) x - a_t) / (1 - abar_t).
+linear; abar = alphas_cumprod. The slope g is the smaller of dQ/da at x and at the mean for a flat
+Q, 0 where their signs differ, divided by its running mean size. The score at a_t is then
+(sqrt(abar_t) x - a_t) / (1 - abar_t).
 
 "Released" below is the authors' JAX code, github.com/Alescontrela/score_matching_rl at 2e77893; SML
 is its jaxrl5/agents/score_matching/score_matching_learner.py, DIF its jaxrl5/networks/diffusion.py.
@@ -53,7 +54,7 @@ class Args:
     env_id: str = "Humanoid-v4"  # with bounded actions; module:id imports the module first
     seed: int = 1  # of Python, NumPy, torch, the environments and all random draws
     device: str = "auto"  # auto (CUDA when there is one), cpu, cuda or cuda:N
-    deterministic: bool = False  # the same bits on every run on CUDA too, slower
+    deterministic: bool = False  # on CUDA too, the same bits in every run; slower
     tf32: bool = False  # on CUDA: matrix products in TensorFloat-32
     compile: bool | None = None  # None: if more than 20,000 updates are to be made
     cuda_graph: bool = True  # on CUDA: replay acting and updates as CUDA graphs
@@ -62,7 +63,7 @@ class Args:
     total_timesteps: int = 1_000_000  # environment steps, counted over all environments
     num_envs: int = 1  # environments stepped together, in this process
     eval_every: int = 10_000  # environment steps between evaluations, the first at step 0; 0: never
-    eval_episodes: int = 10  # episodes of an evaluation, one in each of as many environments
+    eval_episodes: int = 10  # episodes per evaluation, each in its own environment
     log_every: int = 1_000  # environment steps between scalars in the event file
     checkpoint_every: int = 100_000  # environment steps between checkpoints; one is made at the end
     resume: Path | None = None  # folder of a run: continue it, with its own arguments
@@ -73,16 +74,16 @@ class Args:
     utd: float = 1.0  # update-to-data ratio: updates per environment step, fractions included
     gamma: float = 0.99  # discount
     tau: float = 0.005  # step of the target critics towards the critics in each update
-    actor_lr_decay: float = 2.0  # run lengths in which actor_lr falls to 0, a cosine; 0: constant
+    actor_lr_decay: float = 2.0  # actor_lr falls to 0 as a cosine over so many runs; 0: constant
     hidden_dims: tuple[int, ...] = (512, 512)  # of score network and critics (paper: 256 256)
     action_noise: float = 0.1  # std of Gaussian noise on behaviour and target actions
-    candidates: int = 1  # actions drawn to act; the one with the highest min-Q acts (paper: 1)
+    candidates: int = 1  # actions drawn to act; the one with the highest min-Q is taken (paper: 1)
 
     score_target: Literal["posterior", "released"] = "posterior"  # what the network learns
     # None: the value of PRESETS for the score target
-    alpha: float | None = None  # inverse temperature (released: M_q), higher is greedier; 10 or 50
+    alpha: float | None = None  # inverse temperature (released: M_q); 10 on the scaled dQ/da, or 50
     diffusion_steps: int | None = None  # denoising steps T; 10 or 5
-    beta_schedule: Literal["log-snr", "vp", "cosine", "linear"] | None = None  # log-snr or vp
+    beta_schedule: Literal["log-snr", "vp"] | None = None  # noise schedule; log-snr or vp
     normalize_q_grad: bool | None = None  # divide dQ/da by its running mean size; True or False
     actor_lr: float | None = None  # Adam learning rate of the score network; 1e-3 or 3e-4
     critic_lr: float | None = None  # of the critics; 1e-3 or 3e-4
@@ -106,19 +107,14 @@ class Schedule(NamedTuple):
 
 
 def make_schedule(name: str, T: int, device: torch.device | str = "cpu") -> Schedule:
-    """The released schedules vp, cosine and linear (DIF:8-32), and log-snr; computed in float64.
+    """vp, the default of the released code (DIF:8-32), or log-snr; computed in float64.
 
     log-snr is ours: equal steps in log(abar / (1 - abar)), sqrt(1 - abar) from 0.1 to 0.995.
     """
-    t = torch.arange(T + 1, dtype=torch.float64)
     if name == "vp":
-        betas = 1 - torch.exp(-0.1 / T - 0.5 * (10 - 0.1) * (2 * t[1:] - 1) / T**2)
-    elif name == "cosine":
-        f = torch.cos((t / T + 0.008) / 1.008 * torch.pi / 2) ** 2
-        betas = (1 - f[1:] / f[:-1]).clamp(0, 0.999)
-    elif name == "linear":
-        betas = torch.linspace(1e-4, 2e-2, T, dtype=torch.float64)
-    else:
+        t = torch.arange(1, T + 1, dtype=torch.float64)
+        betas = 1 - torch.exp(-0.1 / T - 0.5 * (10 - 0.1) * (2 * t - 1) / T**2)
+    else:  # the log of the signal-to-noise ratio at the least and the most noise
         least, most = torch.tensor([0.1, 0.995], dtype=torch.float64).square().logit().neg()
         abar = torch.linspace(most if T == 1 else least, most, T, dtype=torch.float64).sigmoid()
         betas = 1 - abar / torch.cat([torch.ones(1), abar[:-1]])
@@ -126,8 +122,9 @@ def make_schedule(name: str, T: int, device: torch.device | str = "cpu") -> Sche
     abar_before = torch.cat([torch.ones(1), abar[:-1]])  # of t - 1
     clean_scale = abar_before.sqrt() * betas / (1 - abar)
     noisy_scale = (1 - betas).sqrt() * (1 - abar_before) / (1 - abar)
-    # Nodes h apart integrate a Gaussian of width s to a relative 2 exp(-2 (pi s / h)^2), 5e-9 at
-    # h = s. Gauss-Legendre nodes are at most pi / G apart: here at most half the least width.
+    # Nodes h apart integrate a Gaussian of width s with a relative error of
+    # 2 exp(-2 (pi s / h)^2), 5e-9 at h = s. Gauss-Legendre nodes are at most pi / G apart: here
+    # at most half the least width.
     least_width = ((1 - abar[0]) / abar[0]).sqrt().item()
     nodes, weights = np.polynomial.legendre.leggauss(max(64, math.ceil(2 * math.pi / least_width)))
     quadrature = torch.from_numpy(nodes), torch.from_numpy(weights).log()
@@ -139,12 +136,12 @@ def make_schedule(name: str, T: int, device: torch.device | str = "cpu") -> Sche
 def sample_actions(score_net, obs: Tensor, noise: Tensor, schedule: Schedule, args: Args) -> Tensor:
     """Actions of the policy by DDPM ancestral sampling, (B, O) -> (B, A) in [-1, 1].
 
-    `noise` is standard normal, (T, B, A) or more: the start and T - 1 step noises; the last step
+    `noise` is standard normal, (T or more, B, A): the start and T - 1 step noises; the last step
     adds none. It is an argument, so that a CUDA graph never replays the same noise.
     """
     betas, alphas, abar, clean_scale, noisy_scale, *_ = schedule
     T = len(betas)
-    # Noise of variance beta_t, as released: with DDPM's smaller one few steps sample too narrowly.
+    # Noise of variance beta_t, as released: with DDPM's smaller one, few steps sample too narrowly.
     eps_scale, rescale, noise_scale = betas * (1 - abar).rsqrt(), alphas.rsqrt(), betas.sqrt()
     time_features = score_net.time_features()  # (T, H)
     obs_features = score_net.obs_features(obs)  # (B, H)
@@ -156,13 +153,13 @@ def sample_actions(score_net, obs: Tensor, noise: Tensor, schedule: Schedule, ar
             # The prediction is the clean action: go to the mean of a_{t-1} given it and a_t.
             a_t = clean_scale[t] * prediction.clamp(-1, 1) + noisy_scale[t] * a_t + step_noise
         else:
-            # Eps; clamped to the box after every step (DIF:85-94).
+            # The prediction is eps. a_t is clamped after every step (DIF:85-94).
             a_t = (rescale[t] * (a_t - eps_scale[t] * prediction) + step_noise).clamp(-1, 1)
     return a_t.clamp(-1, 1)
 
 
 class Noise(NamedTuple):
-    """All that one update draws, ahead: the update is a function of its arguments."""
+    """All random draws of one update, made beforehand: `update` itself is deterministic."""
 
     next_actions: Tensor  # (T + 1, B, A) standard normal, for sample_actions at s', action noise
     actions: Tensor  # (B, A) standard normal, for the forward diffusion of the replayed actions
@@ -180,7 +177,7 @@ def draw_noise(args: Args, act_dim: int, generator: torch.Generator) -> Noise:
 def q_gradient(critic: Critic, obs: Tensor, actions: Tensor) -> Tensor:
     """dQ/da averaged over the two critics, (B, O) and (B, A) -> (B, A), no gradient to the critics.
 
-    The TD target takes the minimum of the target critics, this the mean (SML:271) of the online
+    The TD target takes the minimum of the target critics. This is the mean (SML:271) of the online
     critics, which line 5 has just moved (SML:263-269).
     """
     with torch.no_grad():  # torch.func.grad still differentiates inside; its result is a constant
@@ -222,7 +219,7 @@ def make_learner(args: Args, obs_dim: int, act_dim: int, device: torch.device | 
         lr = torch.tensor(lr, device=device)  # a tensor, to be changed in place
         optimizers.append(torch.optim.Adam(net.parameters(), lr, **flags))
         nan = math.nan * sum(parameter.sum() for parameter in net.parameters())
-        minimise(optimizers[-1], nan)  # makes moments and step count, and changes nothing
+        minimise(optimizers[-1], nan)  # creates the optimizer's state; no weight changes
     q_scale, skipped = torch.zeros(2, device=device), torch.zeros((), device=device)
     return Learner(score_net, critic, critic_target, *optimizers, q_scale, skipped)
 
@@ -230,8 +227,8 @@ def make_learner(args: Args, obs_dim: int, act_dim: int, device: torch.device | 
 def minimise(optimizer: torch.optim.Adam, loss: Tensor) -> Tensor:
     """One step down `loss`. Returns 1.0 if it is not finite, else 0.0.
 
-    With `found_inf`, which torch's GradScaler sets too, a fused Adam then leaves weights, moments
-    and step count as they are. The device decides: the host does not wait.
+    Where `found_inf`, an attribute that torch's GradScaler sets, is 1, a fused Adam leaves weights,
+    moments and step count as they are. The device decides: the host does not wait.
     """
     optimizer.zero_grad()
     loss.backward()
@@ -245,11 +242,10 @@ def update(learner: Learner, batch: Batch, noise: Noise, schedule: Schedule, arg
     score_net, critic, critic_target, actor_optimizer, critic_optimizer, q_scale, skipped = learner
     posterior = args.score_target == "posterior"
 
-    # Line 4: TD target (SML:180-210). Only a termination ends the sum; time limits bootstrap.
-    with torch.no_grad():  # the score network itself acts: there is no target actor
+    # Line 4: TD target (SML:180-210). A termination stops bootstrapping, a time limit does not.
+    with torch.no_grad():  # no target actor; a' has action noise, as released (SML:193-195)
         next_actions = sample_actions(score_net, batch.next_obs, noise.next_actions, schedule, args)
-        action_noise = args.action_noise * noise.next_actions[-1]  # as released, SML:193-195
-        next_actions = (next_actions + action_noise).clamp(-1, 1)  # (B, A)
+        next_actions = (next_actions + args.action_noise * noise.next_actions[-1]).clamp(-1, 1)
         next_q = critic_target(batch.next_obs, next_actions).amin(0)  # (B,), clipped double Q
         y = batch.rewards + args.gamma * (1 - batch.terminations) * next_q  # (B,)
 
@@ -263,8 +259,8 @@ def update(learner: Learner, batch: Batch, noise: Noise, schedule: Schedule, arg
     noisy_actions = abar.sqrt() * batch.actions + (1 - abar).sqrt() * noise.actions  # (B, A)
     prediction = score_net(batch.obs, noisy_actions, noise.t)  # (B, A), clean action; released: eps
     if posterior:
-        # The slope in a coordinate is the smaller of dQ/da at the prediction and dQ/da at the mean
-        # for a flat Q, and 0 where their signs differ, as over a hill or a valley (minmod).
+        # The slope in a coordinate is the smaller in size of dQ/da at the clamped prediction and at
+        # the mean for a flat Q, and 0 where their signs differ, as over a hill or valley (minmod).
         clean = prediction.detach().clamp(-1, 1)  # (B, A)
         flat = posterior_mean(0.0, noisy_actions, abar, schedule)  # (B, A)
         points = torch.cat([clean, flat])  # (2B, A)
@@ -328,7 +324,7 @@ def evaluate(learner: Learner, envs, schedule: Schedule, args: Args, stopped=lam
     shape = len(schedule.betas) + 1, args.candidates * N, *envs.single_action_space.shape
     generator = torch.Generator(device).manual_seed(seed)
     obs = reset(envs, seed)
-    episodes = {}  # the first of each environment: those that end first would be the short ones
+    episodes = {}  # one per environment: the first N to end would be the short ones
     while len(episodes) < N and not stopped():
         noise = torch.randn(shape, device=device, generator=generator)
         noise[-1] = 0
@@ -345,9 +341,9 @@ def main(args: Args) -> Path:
     args, saved = runfiles.load_checkpoint(args) if args.resume else (args, None)
     device, T = runfiles.prepare(args), args.diffusion_steps
     envs = make_envs(args.env_id, args.num_envs)
-    eval_envs = make_envs(args.env_id, args.eval_episodes)
+    eval_envs = make_envs(args.env_id, args.eval_episodes) if args.eval_every else envs
     global_step, num_updates, saved_obs, metrics = saved["loop"] if saved else (0, 0, None, {})
-    first_step = global_step  # in the seed: new episodes after a resume are not the first again
+    first_step = global_step  # added to the seed: new episodes after a resume differ from the first
     obs = reset(envs, args.seed + first_step)
     (obs_dim,), (act_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
     learner = make_learner(args, obs_dim, act_dim, device)
@@ -389,13 +385,13 @@ def main(args: Args) -> Path:
                 shape = T + 1, args.candidates * args.num_envs, act_dim
                 noise = torch.randn(shape, device=device, generator=rng)
                 actions = act_fast(learner, obs_tensor, noise, schedule, args)  # (N, A)
-            actions_cpu = actions.cpu().numpy()  # after this wait, reading skipped is cheap
+            actions_cpu = actions.cpu().numpy()  # waits; reading skipped is then cheap
             if learner.skipped > 0 or not np.isfinite(actions_cpu).all():
                 learner.skipped.zero_()
                 raise UserError("a loss or an action is not finite: lower the learning rates")
 
-            # Update until floor(utd * steps since learning_starts) updates are made. The step below
-            # is not in the buffer yet: a GPU can update while the environments step.
+            # Update until floor(utd * steps since learning_starts) updates are made. They do not
+            # need the step below: a GPU makes them while the environments step.
             while num_updates < math.floor((global_step - args.learning_starts) * args.utd + 1e-9):
                 learner.actor_optimizer.param_groups[0]["lr"].fill_(actor_lr_at(num_updates, args))
                 noise = draw_noise(args, act_dim, rng)
@@ -417,8 +413,8 @@ def main(args: Args) -> Path:
             if metrics and global_step % args.log_every < args.num_envs:
                 files.log_scalars(global_step, metrics)
         if not save(envs):
-            raise SystemExit(f"qsm.py: step {global_step} could not be saved")
-    except UserError as error:  # the environments may be what is broken
+            raise SystemExit(f"qsm.py: step {global_step} could not be saved whole")
+    except UserError as error:  # of the environments, perhaps: they are not saved
         hint = f". To go on with new episodes: --resume {files.path}" if save(None) else ""
         raise UserError(f"{error}{hint}") from error
     finally:

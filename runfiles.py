@@ -13,7 +13,6 @@ import os
 import random
 import re
 import signal
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +33,7 @@ RANGES = {
     "learning_starts eval_every checkpoint_every actor_lr_decay action_noise alpha": (0, 10**12),
     "utd actor_lr critic_lr": (1e-9, 10**6),
     "gamma tau": (0, 1),
-    "seed": (0, 2**32 - 1),
+    "seed": (0, 2**31),
 }
 
 
@@ -45,11 +44,11 @@ def errors_in_one_line():
         yield
     except Exception as error:
         if isinstance(error, (UserError, MemoryError)) or getattr(error, "errno", 0) in DISK:
-            raise SystemExit(f"qsm.py: {error}") from None
+            raise SystemExit(f"error: {error}") from None
         if not re.search("(out of|allocate) memory", str(error)):
             raise
         hint = "lower --batch-size, --hidden-dims or --candidates"
-        raise SystemExit(f"qsm.py: {hint}: {one_line(error)}") from None
+        raise SystemExit(f"error: {hint}: {one_line(error)}") from None
 
 
 def prepare(args) -> torch.device:
@@ -66,18 +65,18 @@ def prepare(args) -> torch.device:
     with user_errors(f"--device must be auto, cpu, cuda or cuda:N of this machine, got {name}"):
         device = torch.zeros(1, device=name).device  # cuda as cuda:0
         if device.type not in ("cpu", "cuda"):
-            raise ValueError("it has not been tried")
+            raise ValueError("not tested")
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
         torch.use_deterministic_algorithms(True)
     tune(device, args.tf32)
-    for seed in (random.seed, np.random.seed, torch.manual_seed):  # of whatever an environment uses
+    for seed in (random.seed, np.random.seed, torch.manual_seed):  # an environment may use any
         seed(args.seed)
     return device
 
 
 class StopRequest:
-    """Called, it returns the number of the SIGTERM or Ctrl-C that came, else 0; a second kills."""
+    """Calling it gives the number of the SIGTERM or Ctrl-C that came, or 0. A second one kills."""
 
     def __init__(self):
         self.signum, both = 0, (signal.SIGTERM, signal.SIGINT)
@@ -103,7 +102,7 @@ class RunFiles:
     """
 
     def __init__(self, args, saved: dict | None = None):
-        with user_errors("--track needs: pip install wandb"):
+        with user_errors("--track needs wandb (pip install wandb)"):
             wandb = importlib.import_module("wandb") if args.track else None
         name = re.sub("[/:]", "-", f"{args.env_id}__qsm__{args.seed}__{time.time_ns()}")
         self.path = args.resume or args.run_dir / name
@@ -111,7 +110,8 @@ class RunFiles:
         plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
         self.args = plain | {"resume": None}
         if wandb:  # a resumed run goes on under its id
-            wandb.init(id=self.path.name, config=self.args, resume="allow", sync_tensorboard=True)
+            run_id = self.path.resolve().name
+            wandb.init(id=run_id, config=self.args, resume="allow", sync_tensorboard=True)
         self.time, self.step = time.perf_counter(), saved["loop"][0] if saved else 0
         self.events = SummaryWriter(self.path, purge_step=self.step + 1 if saved else None)
         sizes, self.last_evaluation = saved["files"] if saved else ((0, 0), -1)
@@ -142,12 +142,11 @@ class RunFiles:
         self.last_evaluation = global_step
 
     def save(self, loop: tuple, learner, buffer, envs, rng: torch.Generator) -> bool:
-        """Write checkpoint.npz and model.pt. Where that fails, say so; the older files stay.
+        """Write checkpoint.npz and model.pt. Where one fails, say so; its older one stays.
 
         Without `envs` a resumed run starts with new episodes.
         """
-        self.events.flush()  # else a killed run lacks events from before its checkpoint
-        saved = dict(args=self.args, loop=loop, versions=versions(rng), rng=rng.get_state())
+        saved = dict(args=self.args, loop=loop, device=rng.device.type, rng=rng.get_state())
         saved |= dict(learner=[x.detach().cpu() for x in tensors_in(learner)])
         sizes = [os.fstat(file.fileno()).st_size for file in self.files[1:]]
         saved |= dict(files=(sizes, self.last_evaluation), size=buffer.size)
@@ -157,17 +156,18 @@ class RunFiles:
         model = tree_map_only(torch.Tensor, torch.Tensor.cpu, model)
         rows = {k: x[: buffer.size].cpu().numpy() for k, x in buffer.storage._asdict().items()}
         try:
+            self.events.flush()  # else a killed run lacks events from before its checkpoint
             if not all(p.isfinite().all() for net in learner[:3] for p in net.parameters()):
                 raise UserError("the networks have non-finite weights")
             torch.save(saved, pickled := io.BytesIO())
-            torch.save(model, policy := io.BytesIO())  # straight to a full disk: a RuntimeError
+            torch.save(model, policy := io.BytesIO())  # straight to a full disk: no OSError
             with whole_file(self.path / "checkpoint.npz") as file:
                 np.savez(file, saved=np.frombuffer(pickled.getvalue(), np.uint8), **rows)
             with whole_file(self.path / "model.pt") as file:
                 file.write(policy.getvalue())
             return True
         except (OSError, UserError) as error:
-            tqdm.write(f"nothing saved at step {loop[0]}: {error}")
+            tqdm.write(f"step {loop[0]} is not saved whole: {error}")
             return False
 
     def close(self) -> None:
@@ -190,7 +190,7 @@ def write_evaluation(file, global_step: int, args, episodes: list[tuple]) -> flo
 
 @contextlib.contextmanager
 def whole_file(path: Path):
-    """A binary file that appears at `path` complete, on the disk and by a rename, or not at all."""
+    """A binary file that appears at `path` whole, synced and renamed, or not at all."""
     temporary = path.with_suffix(".tmp")
     try:
         with temporary.open("wb") as file:
@@ -200,13 +200,6 @@ def whole_file(path: Path):
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def versions(rng: torch.Generator) -> dict:
-    """What the bits of a run depend on, besides its arguments."""
-    names = {"torch", "numpy", "gymnasium", "mujoco"} & set(sys.modules)
-    machine = {"device": rng.device.type, "threads": torch.get_num_threads()}
-    return machine | {name: sys.modules[name].__version__ for name in sorted(names)}
 
 
 def locked(folder: Path):
@@ -220,12 +213,12 @@ def locked(folder: Path):
 
 
 def load_checkpoint(args) -> tuple:
-    """(arguments, what `restore` takes, on the CPU) of the run args.resume, which it locks."""
+    """Lock the run args.resume; return its arguments and what `restore` takes, on the CPU."""
     path = args.resume / "checkpoint.npz"
     if not path.exists():
         raise UserError(f"{args.resume} has no checkpoint.npz")
     lock = locked(args.resume)
-    with user_errors(f"{path} is damaged, or not of this qsm.py"):
+    with user_errors(f"{path} is damaged, or of another version of qsm.py"):
         archive = np.load(path)  # arrays are read when asked for
         if damaged := archive.zip.testzip():
             raise ValueError(f"the checksum of {damaged} is wrong")
@@ -238,17 +231,18 @@ def load_checkpoint(args) -> tuple:
 def restore(saved: dict, learner, buffer, envs, rng: torch.Generator) -> bool:
     """Put back what `RunFiles.save` wrote; False if the simulators could not be saved."""
     print(f"resuming at step {saved['loop'][0]} with the run's arguments; other flags are ignored")
-    with user_errors("the checkpoint is damaged, or not of this qsm.py"):
+    print("the bits are the same if machine, threads and versions are")
+    with user_errors("the checkpoint is damaged, or of another version of qsm.py"):
         for tensor, stored in zip(tensors_in(learner), saved["learner"], strict=True):
             tensor.detach().copy_(stored)
         buffer.size, buffer.position = saved["size"], saved["position"]
         for name, stored in buffer.storage._asdict().items():
             stored[: buffer.size] = torch.from_numpy(saved["buffer"][name])
-        before, now = saved["versions"], versions(rng)
-        if before != now:
-            print(f"not bit for bit: saved with {before}, resumed with {now}")
-        if before["device"] == now["device"]:
+        saved["buffer"].close()  # else a replaced checkpoint keeps its place on the disk
+        if saved["device"] == rng.device.type:
             rng.set_state(saved["rng"])
+        else:
+            print(f"not bit for bit: saved on {saved['device']}")
         if None in saved["envs"]:
             print("the checkpoint holds no simulators: new episodes start")
             return False
