@@ -1,6 +1,6 @@
 """Look at a policy: does it do what its critics ask, and do they know what it returns?
 
-    python results/look.py runs/<run>
+    python results/look.py runs/<run>       # of your own: an --env-id module:id is imported
 
 Q is the mean of the two critics. Ten episodes, without action noise, of the policy and of its actions moved up Q.
 """

@@ -3,7 +3,7 @@
     pip install 'stable-baselines3>=2.9,<3' 'gymnasium[mujoco]' tyro
     OMP_NUM_THREADS=1 python results/peers.py --algo sac --env-id Hopper-v4 --seed 1
 
-Same environments, number of updates, batch, networks and learning rate as ours; TD3 explores with Gaussian noise of 0.1
+Same environments, number of updates (one more), batch and networks as ours, learning rate 3e-4 (ours: 1e-3); TD3 explores with Gaussian noise of 0.1
 as published; all else is Stable-Baselines3's default. Evaluation: 10 episodes of the mean action, at the end.
 """
 
@@ -37,6 +37,7 @@ class Args:
     batch_size: int = 256
     lr: float = 3e-4
     out: Path = Path("results/cpu-120k")
+    label: str = ""  # of the run's folder; empty: the algorithm
 
 
 class WriteEpisodes(BaseCallback):
@@ -59,7 +60,7 @@ class WriteEpisodes(BaseCallback):
 
 def main(args: Args) -> None:
     warnings.filterwarnings("ignore", message=".*is out of date")
-    name = f"{re.sub('[/:]', '-', args.env_id)}__{args.algo}__seed{args.seed}"
+    name = f"{re.sub('[/:]', '-', args.env_id)}__{args.label or args.algo}__seed{args.seed}"
     folder = args.out / name
     folder.mkdir(parents=True, exist_ok=True)
     envs = VecMonitor(DummyVecEnv([lambda: gym.make(args.env_id)] * args.num_envs))
@@ -93,7 +94,7 @@ def main(args: Args) -> None:
             (model.num_timesteps, 1, i, *e)
             for i, e in enumerate(zip(returns, lengths, strict=True))
         )
-    settings = {name: value for name, value in asdict(args).items() if name != "out"}
+    settings = {k: value for k, value in asdict(args).items() if k not in ("out", "label")}
     versions = {"stable_baselines3": stable_baselines3.__version__, "torch": torch.__version__}
     with (folder / "args.csv").open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(
