@@ -20,8 +20,8 @@ class ReplayBuffer:
     """The last `capacity` transitions on `device`, sampled uniformly with replacement.
 
     Raises:
-        MemoryError: it will not fit. The system hands out memory page by page as the buffer fills:
-            without this check a run would be killed after hours.
+        MemoryError: it is larger than the free memory. The system hands out memory page by page as
+            the buffer fills: without this check such a run would be killed after hours.
     """
 
     def __init__(self, capacity: int, obs_dim: int, act_dim: int, device="cpu"):
