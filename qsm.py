@@ -18,8 +18,8 @@ the score network (from the ICLR 2024 submission; we did not have the ICML text)
 eps(s, a_t, t) onto -alpha dQ/da(s, a_t). The default, posterior, is ours and replaces line 6
 (docs/score_target.md). The network predicts x(s, a_t, t), the mean clean action given a_t. Its
 target is the mean of exp(alpha g a) N(a_t; sqrt(abar_t) a, 1 - abar_t) on [-1, 1], exact where Q is
-linear; abar = alphas_cumprod. The slope g is the smaller of dQ/da at x and at the mean for a flat
-Q, 0 where their signs differ, divided by its running mean size. The score at a_t is then
+linear; abar = alphas_cumprod. The slope g is dQ/da at x or at the mean for a flat Q, the smaller in
+size, 0 where their signs differ, divided by its running mean size. The score at a_t is then
 (sqrt(abar_t) x - a_t) / (1 - abar_t).
 
 "Released" below is the authors' JAX code, github.com/Alescontrela/score_matching_rl at 2e77893; SML
@@ -122,9 +122,8 @@ def make_schedule(name: str, T: int, device: torch.device | str = "cpu") -> Sche
     abar_before = torch.cat([torch.ones(1), abar[:-1]])  # of t - 1
     clean_scale = abar_before.sqrt() * betas / (1 - abar)
     noisy_scale = (1 - betas).sqrt() * (1 - abar_before) / (1 - abar)
-    # Nodes h apart integrate a Gaussian of width s with a relative error of
-    # 2 exp(-2 (pi s / h)^2), 5e-9 at h = s. Gauss-Legendre nodes are at most pi / G apart: here
-    # at most half the least width.
+    # Nodes h apart integrate a Gaussian of width s up to a relative 2 exp(-2 (pi s / h)^2), 5e-9 at
+    # h = s. Gauss-Legendre nodes are at most pi / G apart: here at most half the least width.
     least_width = ((1 - abar[0]) / abar[0]).sqrt().item()
     nodes, weights = np.polynomial.legendre.leggauss(max(64, math.ceil(2 * math.pi / least_width)))
     quadrature = torch.from_numpy(nodes), torch.from_numpy(weights).log()
