@@ -17,7 +17,7 @@ class ScoreNet(nn.Module):
     """The prediction of the diffusion policy at (s, a_t, t): the clean action, or the noise eps.
 
     An MLP with Mish over the concatenation of action, observation and time embedding (released
-    code: networks/diffusion.py:45-68). The first layer is applied in three pieces,
+    code: networks/diffusion.py:34-67). The first layer is applied in three pieces,
     W [a; s; e] = W_a a + W_s s + W_e e: a sampling call then computes W_s s once, not T times.
     O, A, H and T are obs_dim, act_dim, hidden_dims[0] and diffusion_steps.
     """

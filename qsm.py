@@ -107,7 +107,7 @@ class Schedule(NamedTuple):
 
 
 def make_schedule(name: str, T: int, device: torch.device | str = "cpu") -> Schedule:
-    """vp, the default of the released code (DIF:8-32), or log-snr; computed in float64.
+    """vp, the default of the released code (DIF:25-32), or log-snr; computed in float64.
 
     log-snr is ours: equal steps in log(abar / (1 - abar)), sqrt(1 - abar) from 0.1 to 0.995.
     """
