@@ -114,10 +114,12 @@ def make_schedule(name: str, T: int, device: torch.device | str = "cpu") -> Sche
     if name == "vp":
         t = torch.arange(1, T + 1, dtype=torch.float64)
         betas = 1 - torch.exp(-0.1 / T - 0.5 * (10 - 0.1) * (2 * t - 1) / T**2)
-    else:  # the log of the signal-to-noise ratio at the least and the most noise
+    elif name == "log-snr":  # the log of the ratio, at the least and the most noise
         least, most = torch.tensor([0.1, 0.995], dtype=torch.float64).square().logit().neg()
         abar = torch.linspace(most if T == 1 else least, most, T, dtype=torch.float64).sigmoid()
         betas = 1 - abar / torch.cat([torch.ones(1), abar[:-1]])
+    else:
+        raise UserError(f"--beta-schedule must be log-snr or vp, got {name}")
     abar = (1 - betas).cumprod(0)
     abar_before = torch.cat([torch.ones(1), abar[:-1]])  # of t - 1
     clean_scale = abar_before.sqrt() * betas / (1 - abar)
@@ -412,7 +414,7 @@ def main(args: Args) -> Path:
             if metrics and global_step % args.log_every < args.num_envs:
                 files.log_scalars(global_step, metrics)
         if not save(envs):
-            raise SystemExit(f"qsm.py: step {global_step} could not be saved whole")
+            raise SystemExit(f"error: step {global_step} could not be saved whole")
     except UserError as error:  # of the environments, perhaps: they are not saved
         hint = f". To go on with new episodes: --resume {files.path}" if save(None) else ""
         raise UserError(f"{error}{hint}") from error

@@ -972,7 +972,7 @@ def test_runs_have_names_of_their_own_and_are_tracked(monkeypatch, tmp_path):
 
 IMPOSSIBLE = [("gamma", 1.5), ("gamma", math.nan), ("total_timesteps", 0), ("seed", -1)]
 IMPOSSIBLE += [("utd", 0.0), ("hidden_dims", ()), ("alpha", -1.0), ("num_envs", 1001)]
-IMPOSSIBLE += [("device", "tpu"), ("device", "cuda:99"), ("device", "meta")]
+IMPOSSIBLE += [("device", "tpu"), ("device", "cuda:99"), ("device", "meta"), ("beta_schedule", "x")]
 IMPOSSIBLE = [(name, value, "--" + name.replace("_", "-")) for name, value in IMPOSSIBLE]
 IMPOSSIBLE += [("env_id", f"{x}-v1", "1-D Box") for x in ("CartPole", "Square", "Whole", "Stuck")]
 IMPOSSIBLE += [("env_id", "Nan-v0", "began with a value that is not finite")]
