@@ -1,10 +1,11 @@
-"""SAC and TD3 of Stable-Baselines3 under the protocol of cpu-120k, written as data beside our runs.
+"""SAC and TD3 of Stable-Baselines3 under the protocol of our runs, written as data beside them.
 
     pip install 'stable-baselines3>=2.9,<3' 'gymnasium[mujoco]' tyro
     OMP_NUM_THREADS=1 python results/peers.py --algo sac --env-id Hopper-v4 --seed 1
 
-Same environments, number of updates (one more), batch and networks as ours, learning rate 3e-4 (ours: 1e-3); TD3 explores with Gaussian noise of 0.1
-as published; all else is Stable-Baselines3's default. Evaluation: 10 episodes of the mean action, at the end.
+Environments, batch, networks and number of updates (one more) are ours. The learning rate is 3e-4
+(ours: 1e-3). TD3 explores with Gaussian noise of 0.1, as published; all else is Stable-Baselines3's
+default. At the end it evaluates 10 episodes of the mean action.
 """
 
 import csv
