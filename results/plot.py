@@ -60,23 +60,24 @@ def plot(group: Path) -> None:
     figure, axes = plt.subplots(1, len(tasks), figsize=size, squeeze=False, layout="constrained")
     colors, ratios = dict(COLORS), defaultdict(list)
     print(
-        f"\n{group.name}\n| task | variant | last 10 training episodes of each seed | mean | evaluation |"
+        f"\n{group.name}\n| task | variant | last 10 training episodes of each seed | mean | evaluation "
+        "| training episodes of the last tenth |\n|---|---|---|---|---|---|"
     )
-    print("|---|---|---|---|---|")
     for axis, (env_id, variants) in zip(axes[0], tasks.items()):
         means = {}
         for variant, runs in variants.items():
             color = colors.setdefault(variant, OTHERS[(len(colors) - len(COLORS)) % len(OTHERS)])
-            last, evaluations = [], []
+            last, evaluations, late = [], [], []
             for run in runs:
                 steps, returns = read(run / "episodes.csv", "return")
                 curve = by_step(run / "evaluations.csv") if paper else (steps, smooth(returns))
                 label = variant if run == runs[0] else None
                 axis.plot(curve[0] / 1000, curve[1], color=color, lw=1.2, label=label)
                 last.append(returns[-10:].mean())
+                late.append(returns[steps > 0.9 * steps[-1]].mean())
                 evaluations.append(by_step(run / "evaluations.csv")[1][-1])
             means[variant] = np.mean(last)
-            cells = " ".join(f"{x:.0f}" for x in last), interval(last), interval(evaluations)
+            cells = " ".join(f"{x:.0f}" for x in last), *map(interval, (last, evaluations, late))
             print(f"| {env_id} | {variant} | {' | '.join(cells)} |")
         for variant, mean in means.items():
             if "sac" in means:
