@@ -315,11 +315,11 @@ def act(learner: Learner, obs: Tensor, noise: Tensor, schedule: Schedule, args: 
     return (actions + args.action_noise * noise[-1, :B]).clamp(-1, 1)
 
 
-def evaluate(learner: Learner, envs, schedule: Schedule, args: Args, stopped=lambda: False):
+def evaluate(learner, envs, schedule: Schedule, args: Args, stopped=lambda: False, noise_scale=1.0):
     """(return, length) of an episode in each environment, without action noise (SML:306-320).
 
-    It has its own environments and generator, from seed + 1,000,000: training is the same with and
-    without evaluation. Episodes that `stopped()` breaks off are left out.
+    It has its own environments and generator, from seed + 1,000,000: training does not notice it.
+    Episodes that `stopped()` breaks off are left out. `noise_scale` 0: a deterministic policy.
     """
     device, seed, N = schedule.betas.device, args.seed + 1_000_000, envs.num_envs
     shape = len(schedule.betas) + 1, args.candidates * N, *envs.single_action_space.shape
@@ -327,7 +327,7 @@ def evaluate(learner: Learner, envs, schedule: Schedule, args: Args, stopped=lam
     obs = reset(envs, seed)
     episodes = {}  # one per environment: the first N to end would be the short ones
     while len(episodes) < N and not stopped():
-        noise = torch.randn(shape, device=device, generator=generator)
+        noise = noise_scale * torch.randn(shape, device=device, generator=generator)
         noise[-1] = 0
         actions = act(learner, torch.from_numpy(obs).to(device), noise, schedule, args)
         *_, obs, ended = step(envs, actions.cpu().numpy())

@@ -2,6 +2,7 @@
 
     python results/evaluate.py runs/<run> --episodes 20 --candidates 16
     python results/evaluate.py runs/<run> --video        # the first episode as mp4 (pip install moviepy)
+    python results/evaluate.py runs/<run> --deterministic      # no noise in the sampler
 
 Only model.pt is read, which holds no code. If it names code (an --env-id module:id), repeat its id: --env-id module:id.
 """
@@ -32,6 +33,7 @@ class Evaluation:
     candidates: int | None = (
         None  # actions drawn to act, the one with the highest min-Q acts; None: the run's
     )
+    deterministic: bool = False  # no noise in the sampler; into evaluate-deterministic.csv
     env_id: str = ""  # to allow the import of a module
     video: bool = (
         False  # record the first episode; needs libegl1, or libosmesa6 with MUJOCO_GL=osmesa
@@ -79,9 +81,11 @@ def main(flags: Evaluation) -> None:
     envs = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
     tune(torch.device("cpu"))  # as in training: products round alike
     schedule = make_schedule(args.beta_schedule, args.diffusion_steps)
-    episodes = evaluate(learner, envs, schedule, args)
+    noise_scale = 0.0 if flags.deterministic else 1.0
+    episodes = evaluate(learner, envs, schedule, args, noise_scale=noise_scale)
     envs.close()
-    with (flags.run / "evaluate.csv").open("a") as file:
+    name = "evaluate-deterministic.csv" if flags.deterministic else "evaluate.csv"
+    with (flags.run / name).open("a") as file:
         runfiles.write_evaluation(file, global_step, args, episodes)
 
 

@@ -58,9 +58,9 @@ def main(run: Path) -> None:
     schedule = make_schedule(args.beta_schedule, args.diffusion_steps)
     act_dim, generator = learner.score_net.columns[0], torch.Generator().manual_seed(0)
 
-    def sample(obs: torch.Tensor) -> torch.Tensor:
+    def sample(obs: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
         noise = torch.randn(args.diffusion_steps, len(obs), act_dim, generator=generator)
-        return sample_actions(learner.score_net, obs, noise, schedule, args)
+        return sample_actions(learner.score_net, obs, scale * noise, schedule, args)
 
     def moved(obs: torch.Tensor, steps: int) -> torch.Tensor:
         actions = sample(obs)
@@ -74,6 +74,7 @@ def main(run: Path) -> None:
         return learner.critic(obs, actions).mean(0)
 
     states, to_come, returns = roll_out(args.env_id, sample, args.gamma)
+    *_, quiet = roll_out(args.env_id, partial(sample, scale=0.0), args.gamma)
     values = q(states, sample(states)).numpy()
     obs = states[torch.randperm(len(states), generator=generator)[:STATES]]
     obs_K = obs.repeat_interleave(K, 0)
@@ -82,6 +83,7 @@ def main(run: Path) -> None:
     higher = {f"{0.02 * n:.1f}": partial(moved, steps=n) for n in (5, 50)}  # length of the path
     rows = {
         "return": returns,
+        "return without the sampler's noise": quiet,
         "discounted return to come": f"{to_come.mean():.1f} +- {to_come.std():.1f}",
         "Q less that": f"{(values - to_come).mean():.1f} +- {(values - to_come).std():.1f}",
         "their correlation": f"{np.corrcoef(values, to_come)[0, 1]:.2f}",

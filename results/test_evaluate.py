@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import qsm
+from envs import make_env
 from results.evaluate import Evaluation, load_policy, main
 from test_qsm import DAMAGES, Counter, checkpoint, fails, finished, quick, run_of
 
@@ -42,6 +43,26 @@ def test_evaluation_of_a_saved_policy_is_the_one_of_the_run(tmp_path, capsys):
     assert [title, *saved[:3]] == [of_the_run[0], *of_the_run[-3:]]
     assert saved[0].split(",")[4] != saved[3].split(",")[4]  # returns
     assert torch.equal(load_policy(run)[1].q_scale, checkpoint(run)["learner"][-2])
+
+
+def test_deterministic_evaluation_acts_with_noise_of_zeros(tmp_path):
+    run = qsm.main(quick(tmp_path, env_id="Pendulum-v1"))
+    for candidates in (1, 3):  # which are all equal
+        main(Evaluation(run, episodes=2, candidates=candidates, deterministic=True))
+    _, *rows = (run / "evaluate-deterministic.csv").read_text().splitlines()
+    args, learner, _ = load_policy(run)
+    schedule = qsm.make_schedule(args.beta_schedule, args.diffusion_steps)
+    for i in range(2):
+        env = make_env("Pendulum-v1")
+        (obs, _), ended, total = env.reset(seed=1_000_001 + i), False, 0.0
+        while not ended:
+            obs = torch.as_tensor(obs, dtype=torch.float32)[None]  # (1, O)
+            noise = torch.zeros(args.diffusion_steps + 1, 1, 1)
+            action = qsm.act(learner, obs, noise, schedule, args)[0].numpy()
+            obs, reward, _, ended, _ = env.step(action)
+            total += reward
+        for row in (rows[i], rows[2 + i]):
+            assert float(row.split(",")[4]) == pytest.approx(total, rel=1e-4)
 
 
 def test_command_line(finished):
