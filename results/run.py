@@ -1,6 +1,6 @@
 """Make a table of runs: what is missing, nothing twice, and go on where it was stopped or killed.
 
-    python results/run.py results/mujoco-1m.json -P 2          # 2 runs at a time on this machine
+    python results/run.py results/mujoco-1m.json -P 2          # 2 runs at a time; OMP_NUM_THREADS, or 1, each
     python results/run.py results/mujoco-1m.json --ray auto    # on a Ray cluster (pip install ray)
 
 A table is a JSON file with lists "env_ids" and "seeds" and a dict "variants" from a label to a
@@ -76,7 +76,7 @@ def read_table(path: Path) -> list[Run]:
     ]
 
 
-def make(run: Run, threads: int = 1) -> str:
+def make(run: Run) -> str:
     """Start or continue a run, wait for its end, and collect its data; returns "done" or why not."""
     run.work.mkdir(parents=True, exist_ok=True)
     with (run.work / "lock").open("w") as lock:
@@ -95,7 +95,7 @@ def make(run: Run, threads: int = 1) -> str:
                 shutil.rmtree(folder)  # killed before its first checkpoint
         else:
             command += ["--out", str(run.work)]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        environment = {"OMP_NUM_THREADS": "1", **os.environ}
         options = {"cwd": HERE.parent, "env": environment, "start_new_session": True}
         options["pass_fds"] = [lock.fileno()]  # the child holds the lock as long as it lives
         with (run.work / "log.txt").open("a") as log:
