@@ -1,6 +1,6 @@
 """Make a table of runs: what is missing, nothing twice, and go on where it was stopped or killed.
 
-    python results/run.py results/mujoco-1m.json -P 2          # 2 runs at a time; OMP_NUM_THREADS, or 1, each
+    python results/run.py results/mujoco-1m.json -P 2          # 2 runs at a time on this machine
     python results/run.py results/mujoco-1m.json --ray auto    # on a Ray cluster (pip install ray)
 
 A table is a JSON file with lists "env_ids" and "seeds" and a dict "variants" from a label to a
@@ -8,6 +8,7 @@ command, to which --env-id, --seed and the task's "flags" are added. A run works
 runs/<table>/<run>, which is on a shared disk for a cluster, and ends in results/<table>/<run>.
 Killed at any moment and started again, this makes the same data: qsm.py goes on from its last
 checkpoint, bit for bit. Stable-Baselines3 has no exact resume: a run of peers.py starts again.
+A run has one thread, or OMP_NUM_THREADS.
 """
 
 import argparse
@@ -95,9 +96,8 @@ def make(run: Run) -> str:
                 shutil.rmtree(folder)  # killed before its first checkpoint
         else:
             command += ["--out", str(run.work)]
-        environment = {"OMP_NUM_THREADS": "1", **os.environ}
-        options = {"cwd": HERE.parent, "env": environment, "start_new_session": True}
-        options["pass_fds"] = [lock.fileno()]  # the child holds the lock as long as it lives
+        options = {"cwd": HERE.parent, "env": {"OMP_NUM_THREADS": "1", **os.environ}}
+        options |= {"start_new_session": True, "pass_fds": [lock.fileno()]}  # held by the child
         with (run.work / "log.txt").open("a") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log, **options)
             processes.add(process)
