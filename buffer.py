@@ -21,7 +21,8 @@ class ReplayBuffer:
 
     Raises:
         MemoryError: it is larger than the free memory. The system hands out memory page by page as
-            the buffer fills: without this check such a run would be killed after hours.
+            the buffer fills: without this check such a run would be killed after hours. The limit
+            of a container is not seen.
     """
 
     def __init__(self, capacity: int, obs_dim: int, act_dim: int, device="cpu"):

@@ -68,8 +68,8 @@ class Snapshot(gym.Wrapper):
 def make_env(env_id: str, **options) -> gym.Env:
     """One environment: flat float observations, actions rescaled from [-1, 1], episode statistics.
 
-    `options` are gym.make's. UserError: an unknown id, a missing package, or spaces that are not
-    a Box (observations: or a dict of them) and, for actions, 1-D, bounded and continuous.
+    `options` are gym.make's. UserError: an unknown id, a missing package, observations that cannot
+    be flattened to a Box, or actions that are not a 1-D, bounded, continuous Box.
     """
     hint = ""
     if env_id.startswith("dm_control/"):  # gym.make imports what is before a colon

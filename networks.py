@@ -66,8 +66,7 @@ class ScoreNet(nn.Module):
 class Critic(nn.Module):
     """Two Q-functions as one network with a leading dimension of 2: ReLU MLPs over [s; a].
 
-    The first layer is applied in two pieces: the gradient in the action, all that QSM asks of the
-    critic, then skips the observation's rows.
+    The first layer is applied in two pieces: dQ/da then skips the observation's rows.
     """
 
     def __init__(self, obs_dim: int, act_dim: int, hidden_dims=(512, 512)):

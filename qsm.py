@@ -66,7 +66,7 @@ class Args:
     eval_episodes: int = 10  # episodes per evaluation, each in its own environment
     log_every: int = 1_000  # environment steps between scalars in the event file
     checkpoint_every: int = 100_000  # environment steps between checkpoints; one is made at the end
-    resume: Path | None = None  # folder of a run: continue it, with its own arguments
+    resume: Path | None = None  # folder of a run: continue it, with its own flags but for --device
 
     buffer_size: int = 1_000_000  # transitions kept, on the training device
     learning_starts: int = 10_000  # environment steps with uniform random actions
@@ -74,7 +74,7 @@ class Args:
     utd: float = 1.0  # update-to-data ratio: updates per environment step, fractions included
     gamma: float = 0.99  # discount
     tau: float = 0.005  # step of the target critics towards the critics in each update
-    actor_lr_decay: float = 2.0  # actor_lr falls to 0 as a cosine over so many runs; 0: constant
+    actor_lr_decay: float = 2.0  # actor_lr falls to 0 as a cosine over this many runs; 0: constant
     hidden_dims: tuple[int, ...] = (512, 512)  # of score network and critics (paper: 256 256)
     action_noise: float = 0.1  # std of Gaussian noise on behaviour and target actions
     candidates: int = 1  # actions drawn to act; the one with the highest min-Q is taken (paper: 1)
@@ -389,7 +389,7 @@ def main(args: Args) -> Path:
             actions_cpu = actions.cpu().numpy()  # waits; reading skipped is then cheap
             if learner.skipped > 0 or not np.isfinite(actions_cpu).all():
                 learner.skipped.zero_()
-                raise UserError("a loss or an action is not finite: lower the learning rates")
+                raise UserError("loss or action not finite: start anew with lower learning rates")
 
             # Update until floor(utd * steps since learning_starts) updates are made. They do not
             # need the step below: a GPU makes them while the environments step.

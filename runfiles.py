@@ -225,12 +225,13 @@ def load_checkpoint(args) -> tuple:
         pickled = io.BytesIO(archive["saved"])
         saved = torch.load(pickled, map_location="cpu", weights_only=False)
         saved |= {"buffer": archive, "lock": lock}
-        return replace(type(args)(**saved["args"]), resume=args.resume), saved
+        own = replace(type(args)(**saved["args"]), resume=args.resume)
+        return own if args.device == "auto" else replace(own, device=args.device), saved
 
 
 def restore(saved: dict, learner, buffer, envs, rng: torch.Generator) -> bool:
     """Put back what `RunFiles.save` wrote; False if the simulators could not be saved."""
-    print(f"resuming at step {saved['loop'][0]} with the run's arguments; other flags are ignored")
+    print(f"resuming at step {saved['loop'][0]} with the run's flags, but for --device")
     print("the bits are the same if machine, threads and versions are")
     with user_errors("the checkpoint is damaged, or of another version of qsm.py"):
         for tensor, stored in zip(tensors_in(learner), saved["learner"], strict=True):

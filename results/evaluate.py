@@ -29,15 +29,11 @@ from qsm import Args, Learner, evaluate, make_learner, make_schedule
 class Evaluation:
     run: tyro.conf.Positional[Path]  # the folder of a run
     episodes: int = 10  # one in each of as many environments
-    seed: int = 1  # the environments' is 1,000,000 more
-    candidates: int | None = (
-        None  # actions drawn to act, the one with the highest min-Q acts; None: the run's
-    )
+    seed: int = 1  # environment i has 1,000,000 + seed + i: seeds 1 and 2 share all but one of them
+    candidates: int | None = None  # actions drawn; the best by min-Q acts; None: as many as the run
     deterministic: bool = False  # no noise in the sampler; into evaluate-deterministic.csv
     env_id: str = ""  # to allow the import of a module
-    video: bool = (
-        False  # record the first episode; needs libegl1, or libosmesa6 with MUJOCO_GL=osmesa
-    )
+    video: bool = False  # record the first episode; needs libegl1, or libosmesa6, MUJOCO_GL=osmesa
 
 
 def load_policy(run: Path) -> tuple[Args, Learner, int]:
@@ -70,7 +66,7 @@ def main(flags: Evaluation) -> None:
     args, learner, global_step = load_policy(flags.run)
     if ":" in args.env_id and flags.env_id != args.env_id:  # gym.make imports, and so runs, it
         raise UserError(f"the model names code; if you trust it, add --env-id {args.env_id}")
-    if min(flags.episodes, flags.candidates or 1) < 1:
+    if min(flags.episodes, 1 if flags.candidates is None else flags.candidates) < 1:
         raise UserError("--episodes and --candidates must be at least 1")
     args = replace(args, seed=flags.seed, candidates=flags.candidates or args.candidates)
     makers = [partial(make_env, args.env_id)] * flags.episodes

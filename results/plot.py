@@ -37,12 +37,14 @@ def smooth(values: np.ndarray, width: int = 10) -> np.ndarray:
 
 
 def interval(values: list[float]) -> str:
-    """Mean over seeds and its 95 % interval by the percentile bootstrap, 10,000 resamples."""
+    """Each value, their mean, and its 95 % interval by the percentile bootstrap, 10,000 resamples."""
+    each = " ".join(f"{value:.0f}" for value in values)
+    mean = f"{each}: {np.mean(values):.0f}" if len(values) > 1 else each
     if len(values) < 3:
-        return f"{np.mean(values):.0f}"
+        return mean
     means = np.random.default_rng(0).choice(values, (10_000, len(values))).mean(1)
     low, high = np.percentile(means, [2.5, 97.5])
-    return f"{np.mean(values):.0f} [{low:.0f}, {high:.0f}]"
+    return f"{mean} [{low:.0f}, {high:.0f}]"
 
 
 def plot(group: Path) -> None:
@@ -60,8 +62,8 @@ def plot(group: Path) -> None:
     figure, axes = plt.subplots(1, len(tasks), figsize=size, squeeze=False, layout="constrained")
     colors, ratios = dict(COLORS), defaultdict(list)
     print(
-        f"\n{group.name}\n| task | variant | last 10 training episodes of each seed | mean | evaluation "
-        "| training episodes of the last tenth |\n|---|---|---|---|---|---|"
+        f"\n{group.name}, each seed: mean [interval]\n| task | variant | last 10 training episodes "
+        "| last evaluation | training episodes of the last tenth of the steps |\n|---|---|---|---|---|"
     )
     for axis, (env_id, variants) in zip(axes[0], tasks.items()):
         means = {}
@@ -74,10 +76,11 @@ def plot(group: Path) -> None:
                 label = variant if run == runs[0] else None
                 axis.plot(curve[0] / 1000, curve[1], color=color, lw=1.2, label=label)
                 last.append(returns[-10:].mean())
-                late.append(returns[steps > 0.9 * steps[-1]].mean())
+                total = dict(csv.reader((run / "args.csv").open()))["total_timesteps"]
+                late.append(returns[steps > 0.9 * int(total)].mean())
                 evaluations.append(by_step(run / "evaluations.csv")[1][-1])
             means[variant] = np.mean(last)
-            cells = " ".join(f"{x:.0f}" for x in last), *map(interval, (last, evaluations, late))
+            cells = map(interval, (last, evaluations, late))
             print(f"| {env_id} | {variant} | {' | '.join(cells)} |")
         for variant, mean in means.items():
             if "sac" in means:

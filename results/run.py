@@ -6,9 +6,8 @@
 A table is a JSON file with lists "env_ids" and "seeds" and a dict "variants" from a label to a
 command, to which --env-id, --seed and the task's "flags" are added. A run works in
 runs/<table>/<run>, which is on a shared disk for a cluster, and ends in results/<table>/<run>.
-Killed at any moment and started again, this makes the same data: qsm.py goes on from its last
-checkpoint, bit for bit. Stable-Baselines3 has no exact resume: a run of peers.py starts again.
-A run has one thread, or OMP_NUM_THREADS.
+Killed and started again, this makes the same data: qsm.py goes on bit for bit, peers.py anew. Each
+command needs --total-timesteps; each run has one thread, or OMP_NUM_THREADS.
 """
 
 import argparse
@@ -182,7 +181,8 @@ def main() -> None:
     if args.ray:
         futures = [reference.future() for reference in on_ray(todo, args)]
     else:
-        pool = ThreadPoolExecutor(args.P or len(os.sched_getaffinity(0)))
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+        pool = ThreadPoolExecutor(args.P or cores)
         futures = [pool.submit(make, run) for run in todo]
     while not all(future.done() for future in futures) and not (args.ray and stopping):
         if time.monotonic() - shown > args.every:
