@@ -653,9 +653,9 @@ def quick(run_dir: Path, **changes) -> Args:
 @pytest.fixture(autouse=True)
 def usual_process():
     """What a test has changed is put back."""
-    threads, limits = torch.get_num_threads(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    torch.set_num_threads(1)  # where a core is busy, threads wait for one another: 10 times slower
     yield
-    torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(False)
     torch.set_flush_denormal(False)
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
