@@ -815,10 +815,10 @@ def test_run_resumed_after_a_signal(changes, signum, call, saved, monkeypatch, t
 
 def test_checkpoint_of_another_device_is_resumed_and_told(finished, monkeypatch, capsys):
     """The generator's state is the only part of a checkpoint that a CPU cannot take from CUDA."""
-    args, saved = runfiles.load_checkpoint(Args(resume=finished, gamma=0.5, device="cuda"))
-    assert (args.gamma, args.device) == (0.99, "cuda")
-    args.total_timesteps, args.device = 70, "cpu"
-    saved |= {"rng": saved["rng"][:16], "device": "cuda"}
+    args = runfiles.load_checkpoint(Args(resume=finished, gamma=0.5))[0]
+    moved, saved = runfiles.load_checkpoint(Args(resume=finished, device="cuda"))
+    assert (args.gamma, args.device, moved.device) == (0.99, "cpu", "cuda")
+    args.total_timesteps, saved["rng"], saved["device"] = 70, saved["rng"][:16], "cuda"
     monkeypatch.setattr(runfiles, "load_checkpoint", lambda _: (args, saved))
     qsm.main(Args(resume=finished))
     assert "are\nnot bit for bit: saved on cuda\n" in capsys.readouterr().out

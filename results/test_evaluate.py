@@ -68,9 +68,10 @@ def test_deterministic_evaluation_acts_with_noise_of_zeros(tmp_path):
 def test_command_line(finished):
     command = [sys.executable, str(Path(__file__).with_name("evaluate.py")), str(finished)]
     options = dict(capture_output=True, text=True, timeout=170)
-    result = subprocess.run([*command, "--candidates", "0"], **options)
-    assert (result.returncode, len(result.stderr.strip().splitlines())) == (1, 1)
-    assert "--episodes and --candidates must be at least 1" in result.stderr
+    for flag in ("--episodes", "--candidates"):
+        result = subprocess.run([*command, flag, "0"], **options)
+        assert (result.returncode, len(result.stderr.strip().splitlines())) == (1, 1)
+        assert "--episodes and --candidates must be at least 1" in result.stderr
 
 
 @pytest.mark.parametrize("damage", sorted({*DAMAGES} - {"flipped"}))  # torch compares no checksum
