@@ -36,6 +36,19 @@ def smooth(values: np.ndarray, width: int = 10) -> np.ndarray:
     return np.array([values[max(0, i - width + 1) : i + 1].mean() for i in range(len(values))])
 
 
+def spread(path: Path, total: int) -> str:
+    """Evaluations of the second half of a run: mean, and the standard deviations between policies
+    and within one, from the one-way analysis of variance (each policy has the same episodes)."""
+    steps, returns = read(path, "return")
+    policies = [returns[steps == s] for s in np.unique(steps) if 2 * s >= total]
+    if min(map(len, policies)) < 2 or len(policies) < 5:
+        return "-"
+    within = np.mean([x.var(ddof=1) for x in policies])
+    between = np.var([x.mean() for x in policies], ddof=1) - within / len(policies[0])
+    mean = np.mean([x.mean() for x in policies])
+    return f"{mean:.0f} ({max(between, 0) ** 0.5:.0f}, {within**0.5:.0f})"
+
+
 def interval(values: list[float]) -> str:
     """Each value, their mean, and its 95 % interval by the percentile bootstrap, 10,000 resamples."""
     each = " ".join(f"{value:.0f}" for value in values)
@@ -63,24 +76,26 @@ def plot(group: Path) -> None:
     colors, ratios = dict(COLORS), defaultdict(list)
     print(
         f"\n{group.name}, each seed: mean [interval]\n| task | variant | last 10 training episodes "
-        "| last evaluation | training episodes of the last tenth of the steps |\n|---|---|---|---|---|"
+        "| last evaluation | training episodes of the last tenth of the steps "
+        "| evaluations of the second half (deviation between, within policies) |\n|---|---|---|---|---|---|"
     )
     for axis, (env_id, variants) in zip(axes[0], tasks.items()):
         means = {}
         for variant, runs in variants.items():
             color = colors.setdefault(variant, OTHERS[(len(colors) - len(COLORS)) % len(OTHERS)])
-            last, evaluations, late = [], [], []
+            last, evaluations, late, spreads = [], [], [], []
             for run in runs:
                 steps, returns = read(run / "episodes.csv", "return")
                 curve = by_step(run / "evaluations.csv") if paper else (steps, smooth(returns))
                 label = variant if run == runs[0] else None
                 axis.plot(curve[0] / 1000, curve[1], color=color, lw=1.2, label=label)
                 last.append(returns[-10:].mean())
-                total = dict(csv.reader((run / "args.csv").open()))["total_timesteps"]
-                late.append(returns[steps > 0.9 * int(total)].mean())
+                total = int(dict(csv.reader((run / "args.csv").open()))["total_timesteps"])
+                late.append(returns[steps > 0.9 * total].mean())
+                spreads.append(spread(run / "evaluations.csv", total))
                 evaluations.append(by_step(run / "evaluations.csv")[1][-1])
             means[variant] = np.mean(last)
-            cells = map(interval, (last, evaluations, late))
+            cells = [*map(interval, (last, evaluations, late)), ", ".join(spreads)]
             print(f"| {env_id} | {variant} | {' | '.join(cells)} |")
         for variant, mean in means.items():
             if "sac" in means:
