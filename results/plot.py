@@ -41,7 +41,7 @@ def spread(path: Path, total: int) -> str:
     and within one, from the one-way analysis of variance (each policy has the same episodes)."""
     steps, returns = read(path, "return")
     policies = [returns[steps == s] for s in np.unique(steps) if 2 * s >= total]
-    if min(map(len, policies)) < 2 or len(policies) < 5:
+    if len(policies) < 5 or min(map(len, policies)) < 2:
         return "-"
     within = np.mean([x.var(ddof=1) for x in policies])
     between = np.var([x.mean() for x in policies], ddof=1) - within / len(policies[0])
