@@ -1,4 +1,4 @@
-"""The picture of the README: what the two score targets sample, against the density they should sample.
+"""The picture of docs/score_target.md: what the two score targets sample, against the density they should sample.
 
     pip install matplotlib && python docs/score_target.py
 
