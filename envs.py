@@ -81,8 +81,7 @@ def make_env(env_id: str, **options) -> gym.Env:
     box = isinstance(space, gym.spaces.Box) and space.is_bounded() and len(space.shape) == 1
     if not (box and space.dtype.kind == "f" and (space.low < space.high).all()):
         raise UserError(f"QSM needs actions in a continuous 1-D Box with bounds, not {space}")
-    if len(env.observation_space.shape or ()) != 1:  # images, dicts
-        env = gym.wrappers.FlattenObservation(env)
+    env = gym.wrappers.FlattenObservation(env)  # images, dicts; and copies: some reuse their array
     if not isinstance(env.observation_space, gym.spaces.Box):
         raise UserError(f"QSM needs a Box of observations; {env_id} has {env.observation_space}")
     # Bounds differ between tasks (Humanoid +-0.4). RescaleAction does not clip; the sampler does.

@@ -80,9 +80,9 @@ def tensors_in(learner) -> list[torch.Tensor]:
 def accelerate(function, args, device: torch.device):
     """`function(learner, data, noise, schedule, args)`, made fast as `args` say.
 
-    The result is always called with the same learner, schedule and args, and with data and noise of
-    the same shapes. Compilation and capture happen on the first call. Where they fail, one line
-    says so and training goes on without.
+    The result must always be called with the same learner, schedule and args, and with data and
+    noise of the same shapes. Compilation and capture happen on the first call. Where they fail, one
+    line says so and training goes on without.
     """
     many = args.utd * (args.total_timesteps - args.learning_starts) > 20_000
     ways = [compiled] if args.compile or (args.compile is None and many) else []
@@ -109,15 +109,13 @@ def compiled(function, learner, data, noise, schedule, args):
     everything = [*tensors_in(learner), *schedule, *tree_leaves((data, noise))]
 
     def on_tensors(*traced):
-        for x, traced_x in zip(everything, traced, strict=True):
-            traced_x.requires_grad_(x.requires_grad)
-        in_place_of = {id(x): traced_x for x, traced_x in zip(everything, traced, strict=True)}
+        pairs = zip(everything, traced, strict=True)
+        in_place_of = {id(x): new.requires_grad_(x.requires_grad) for x, new in pairs}
         return function(*copy.deepcopy((learner, data, noise, schedule), in_place_of), args)
 
     tensors = [x.detach() for x in everything]  # the backward pass is within the graph
     graph = make_fx(on_tensors, DECOMPOSITIONS, tracing_mode="fake")(*tensors)
-    on_cpu = tensors[0].device.type == "cpu"
-    options = {"cpp_wrapper": True, "pattern_matcher": False} if on_cpu else {}
+    options = {"cpp_wrapper": True, "pattern_matcher": False} if tensors[0].is_cpu else {}
     try:
         with torch.no_grad():
             graph = torch._inductor.compile(graph, tensors, options)

@@ -24,13 +24,10 @@ class ScoreNet(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int, hidden_dims=(512, 512), diffusion_steps=10):
         super().__init__()
-        timesteps = torch.arange(diffusion_steps, dtype=torch.float32)
-        self.register_buffer("timesteps", timesteps, persistent=False)
+        self.register_buffer("timesteps", torch.arange(float(diffusion_steps)), persistent=False)
         time_dim, time_hidden = 64, 128  # of the Fourier features of t, of the time MLP
         self.frequencies = nn.Parameter(0.2 * torch.randn(time_dim // 2))
-        self.time_mlp = nn.ModuleList(
-            [linear(time_dim, time_hidden), linear(time_hidden, time_hidden)]
-        )
+        self.time_mlp = nn.ModuleList(linear(n, time_hidden) for n in (time_dim, time_hidden))
         self.columns = act_dim, obs_dim, time_hidden  # of the first layer's weight
         self.first = linear(sum(self.columns), hidden_dims[0])
         self.hidden = nn.ModuleList(linear(*io) for io in zip(hidden_dims[:-1], hidden_dims[1:]))

@@ -113,23 +113,21 @@ def make_schedule(name: str, T: int, device: torch.device | str = "cpu") -> Sche
     """
     if name == "vp":
         t = torch.arange(1, T + 1, dtype=torch.float64)
-        betas = 1 - torch.exp(-0.1 / T - 0.5 * (10 - 0.1) * (2 * t - 1) / T**2)
+        abar = torch.exp(-0.1 / T - 0.5 * (10 - 0.1) * (2 * t - 1) / T**2).cumprod(0)
     elif name == "log-snr":  # the log of the ratio, at the least and the most noise
         least, most = torch.tensor([0.1, 0.995], dtype=torch.float64).square().logit().neg()
         abar = torch.linspace(most if T == 1 else least, most, T, dtype=torch.float64).sigmoid()
-        betas = 1 - abar / torch.cat([torch.ones(1), abar[:-1]])
     else:
         raise UserError(f"--beta-schedule must be log-snr or vp, got {name}")
-    abar = (1 - betas).cumprod(0)
     abar_before = torch.cat([torch.ones(1), abar[:-1]])  # of t - 1
+    betas = 1 - abar / abar_before
     clean_scale = abar_before.sqrt() * betas / (1 - abar)
     noisy_scale = (1 - betas).sqrt() * (1 - abar_before) / (1 - abar)
     # Nodes h apart integrate a Gaussian of width s up to a relative 2 exp(-2 (pi s / h)^2), 5e-9 at
     # h = s. Gauss-Legendre nodes are at most pi / G apart: here at most half the least width.
-    least_width = ((1 - abar[0]) / abar[0]).sqrt().item()
-    nodes, weights = np.polynomial.legendre.leggauss(max(64, math.ceil(2 * math.pi / least_width)))
-    quadrature = torch.from_numpy(nodes), torch.from_numpy(weights).log()
-    parts = betas, 1 - betas, abar, clean_scale, noisy_scale, *quadrature
+    G = max(64, math.ceil(2 * math.pi / ((1 - abar[0]) / abar[0]).sqrt()))
+    nodes, weights = map(torch.from_numpy, np.polynomial.legendre.leggauss(G))
+    parts = betas, 1 - betas, abar, clean_scale, noisy_scale, nodes, weights.log()
     return Schedule(*(x.float().to(device) for x in parts))
 
 
@@ -331,8 +329,7 @@ def evaluate(learner, envs, schedule: Schedule, args: Args, stopped=lambda: Fals
         noise[-1] = 0
         actions = act(learner, torch.from_numpy(obs).to(device), noise, schedule, args)
         *_, obs, ended = step(envs, actions.cpu().numpy())
-        for i, *episode in ended:
-            episodes.setdefault(i, tuple(episode))
+        episodes = {i: tuple(episode) for i, *episode in ended} | episodes
     return [episodes[i] for i in sorted(episodes)]
 
 

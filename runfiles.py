@@ -107,11 +107,11 @@ class RunFiles:
         name = re.sub("[/:]", "-", f"{args.env_id}__qsm__{args.seed}__{time.time_ns()}")
         self.path = args.resume or args.run_dir / name
         self.path.mkdir(parents=True, exist_ok=bool(args.resume))
-        plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-        self.args = plain | {"resume": None}
-        if wandb:  # a resumed run goes on under its id
-            run_id = self.path.resolve().name
-            wandb.init(id=run_id, config=self.args, resume="allow", sync_tensorboard=True)
+        self.args = vars(args) | {"run_dir": str(args.run_dir), "resume": None}
+        if wandb:
+            with user_errors("wandb does not start (wandb login)"):
+                run_id = self.path.resolve().name  # a resumed run goes on under its id
+                wandb.init(id=run_id, config=self.args, resume="allow", sync_tensorboard=True)
         self.time, self.step = time.perf_counter(), saved["loop"][0] if saved else 0
         self.events = SummaryWriter(self.path, purge_step=self.step + 1 if saved else None)
         sizes, self.last_evaluation = saved["files"] if saved else ((0, 0), -1)
@@ -160,7 +160,7 @@ class RunFiles:
             if not all(p.isfinite().all() for net in learner[:3] for p in net.parameters()):
                 raise UserError("the networks have non-finite weights")
             torch.save(saved, pickled := io.BytesIO())
-            torch.save(model, policy := io.BytesIO())  # straight to a full disk: no OSError
+            torch.save(model, policy := io.BytesIO())  # torch.save to a full disk raises no OSError
             with whole_file(self.path / "checkpoint.npz") as file:
                 np.savez(file, saved=np.frombuffer(pickled.getvalue(), np.uint8), **rows)
             with whole_file(self.path / "model.pt") as file:
@@ -177,7 +177,7 @@ class RunFiles:
 
 def write_evaluation(file, global_step: int, args, episodes: list[tuple]) -> float:
     """Append (return, length) of episodes to a CSV; print and return the mean return."""
-    if file.tell() == 0:
+    if os.fstat(file.fileno()).st_size == 0:  # tell() is wrong after truncate()
         file.write("global_step,seed,candidates,episode,return,length\n")
     for i, (episode_return, length) in enumerate(episodes):
         file.write(f"{global_step},{args.seed},{args.candidates},{i},{episode_return},{length}\n")
@@ -220,8 +220,6 @@ def load_checkpoint(args) -> tuple:
     lock = locked(args.resume)
     with user_errors(f"{path} is damaged, or of another version of qsm.py"):
         archive = np.load(path)  # arrays are read when asked for
-        if damaged := archive.zip.testzip():
-            raise ValueError(f"the checksum of {damaged} is wrong")
         pickled = io.BytesIO(archive["saved"])
         saved = torch.load(pickled, map_location="cpu", weights_only=False)
         saved |= {"buffer": archive, "lock": lock}
@@ -233,7 +231,7 @@ def restore(saved: dict, learner, buffer, envs, rng: torch.Generator) -> bool:
     """Put back what `RunFiles.save` wrote; False if the simulators could not be saved."""
     print(f"resuming at step {saved['loop'][0]} with the run's flags, but for --device")
     print("the bits are the same if machine, threads and versions are")
-    with user_errors("the checkpoint is damaged, or of another version of qsm.py"):
+    with user_errors("checkpoint.npz is damaged, or of another version of qsm.py"):
         for tensor, stored in zip(tensors_in(learner), saved["learner"], strict=True):
             tensor.detach().copy_(stored)
         buffer.size, buffer.position = saved["size"], saved["position"]

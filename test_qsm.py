@@ -546,14 +546,13 @@ def test_fast_updates_and_actions_agree_with_eager(device, compile_, stand_in, m
         actions = act_once(learner, batch.obs, noise.next_actions, schedule, args)
         results.append([*everything_in(learner), actions, *metrics.values()])
     printed = capsys.readouterr().out
-    assert ("not compiled: ZeroDivisionError" in printed) == (stand_in is FAST[1][2])
-    assert "not captured" not in printed
+    assert ("not compiled" in printed) == (stand_in is FAST[1][2]) and "not captured" not in printed
     for x, y in zip(*results, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
-def test_updates_on_two_threads_give_the_same_bits_every_time(compiled):
+def test_updates_on_two_threads_give_the_same_bits_every_time(compiled, capsys):
     """At sizes that are worth threads. A scatter of gradients fails here."""
     args, schedule = Args(hidden_dims=(256, 256), diffusion_steps=5), make_schedule("vp", 5)
     learner, noise = make_learner(args, OBS, ACT, "cpu"), draw_noise(args, ACT, generator())
@@ -568,6 +567,7 @@ def test_updates_on_two_threads_give_the_same_bits_every_time(compiled):
             torch._foreach_copy_(tensors, before)
         update_once(*inputs)
         results.append(everything_in(learner))
+    assert "not compiled" not in capsys.readouterr().out
     assert all(equal(result, results[0]) for result in results[1:])
 
 
@@ -618,25 +618,25 @@ class Counter(gym.Env):
     def __init__(self, low=-0.4, high=0.4, shape=(1,), dtype=np.float64, factor=1.0):
         self.env, self.factor = SimpleNamespace(), factor  # env: a name that wrappers have too
         self.action_space = gym.spaces.Box(low, high, shape, dtype)  # float64 as in dm_control
+        self.obs = np.zeros(2)  # one array for all steps: who keeps an observation must copy it
 
-    def fault(self):
-        pass
+    def fault(self): ...
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.episode, self.t = self.episode + 1 if seed is None else 101 * seed, 0
-        return np.array([self.episode, 0.0]) * self.factor, {}
+        return np.multiply([self.episode, 0.0], self.factor, out=self.obs), {}
 
     def step(self, action):
         assert self.action_space.contains(action)
         self.t += 1
         self.fault()
         odd, reward = self.episode % 2 == 1, self.t + float(action[0]) + self.reward
-        obs = np.array([self.episode, self.t]) * self.factor
+        obs = np.multiply([self.episode, self.t], self.factor, out=self.obs)
         return obs, reward, not odd and self.t == 3, odd and self.t == 5, {}
 
 
-gym.register("Counter-v0", Counter)
+gym.register("Counter-v0", Counter, disable_env_checker=True)
 gym.register("Square-v1", Counter, kwargs=dict(shape=(2, 2)))
 gym.register("Whole-v1", Counter, kwargs=dict(low=-9, high=9, dtype=np.int64))
 gym.register("Stuck-v1", Counter, kwargs=dict(low=0.4))
@@ -679,8 +679,7 @@ def fails(capsys, args, message: str, main=qsm.main, code: int = 1) -> str:
     out, err = capsys.readouterr()
     assert not re.sub(r"[^\r\n]*(step/s|s/step)[^\r\n]*|\s", "", err)  # but progress bars
     line = end.value.code if code == 1 else out.splitlines()[-1]
-    assert end.value.code in (line, code) and "\n" not in line
-    assert re.search(message, line)
+    assert end.value.code in (line, code) and "\n" not in line and re.search(message, line)
     return out
 
 
@@ -780,15 +779,16 @@ def check_same_run(whole: Path, resumed: Path) -> None:
 
 CUDA = dict(device="cuda", compile=True, deterministic=True)
 STOPS = [(dict(env_id="Humanoid-v4"), signal.SIGTERM, 45, 90)]
-STOPS += [(dict(env_id="Pendulum-v1", compile=True), signal.SIGINT, 45, 90)]
-STOPS += [(dict(env_id="Pendulum-v1", eval_every=80), signal.SIGTERM, 200 + 40 + 10, 80)]
+STOPS += [(dict(compile=True), signal.SIGINT, 45, 90)]
+STOPS += [(dict(eval_every=80), signal.SIGTERM, *x) for x in ((10, 0), (200 + 40 + 10, 80))]
 STOPS += [pytest.param(CUDA, signal.SIGTERM, 45, 90, marks=needs_cuda)]
 
 
 @pytest.mark.parametrize(("changes", "signum", "call", "saved"), STOPS)
 def test_run_resumed_after_a_signal(changes, signum, call, saved, monkeypatch, tmp_path, capsys):
     """From the middle of an episode; where it was traced for the compiler; of an evaluation."""
-    changes |= dict(num_envs=2, eval_episodes=1, total_timesteps=160, utd=0.5, log_every=16)
+    changes = dict(env_id="Pendulum-v1", num_envs=2, eval_episodes=1, log_every=16) | changes
+    changes |= dict(total_timesteps=160, utd=0.5)
     if "device" not in changes:
         monkeypatch.setattr(torch._inductor, "compile", lambda graph, *_: graph)
     whole, calls = qsm.main(quick(tmp_path / "whole", **changes)), []
@@ -806,11 +806,11 @@ def test_run_resumed_after_a_signal(changes, signum, call, saved, monkeypatch, t
         message = f"stopped at step {saved}; to continue: --resume"
         fails(capsys, quick(tmp_path / "stopped", **changes), message, code=128 + signum)
     assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
-    assert len(calls) == call  # that step was the last
     stopped = run_of(tmp_path / "stopped")
-    assert checkpoint(stopped)["step"] == saved
+    assert (len(calls), checkpoint(stopped)["step"]) == (call, saved)  # that step was the last
+    (stopped / "evaluations.csv").open("a").write("what a kill left\n")
     check_same_run(whole, qsm.main(Args(resume=stopped)))
-    assert "not captured" not in capsys.readouterr().out
+    assert not re.search("not (captured|compiled)", capsys.readouterr().out)
 
 
 def test_checkpoint_of_another_device_is_resumed_and_told(finished, monkeypatch, capsys):
@@ -872,7 +872,7 @@ def test_broken_environment_stops_the_run(value, where, monkeypatch, tmp_path, c
         if env.episode >= 202 + 8 and env.t == 3:  # env 1 of 2, at the end of its ninth episode
             setattr(env, where, value)
 
-    message = "environment 1 diverged" if value else "an environment failed: TypeError"
+    message = "environment 1 diverged" if value else "an environment failed: .*TypeError"
     with monkeypatch.context() as patch:
         patch.setattr(Counter, "fault", diverge)
         fails(capsys, quick(tmp_path, total_timesteps=120, num_envs=2), f"{message}.*--resume")
