@@ -82,6 +82,7 @@ def in_turns(sides: dict, seconds: float = 12.0) -> dict:
             context.Process(target=one_side, args=(other, build, *arguments), daemon=True)
         )
         processes[-1].start()
+        other.close()  # so that recv() fails if the process dies
     first, end = {}, None
     while end is None or time.perf_counter() < end:
         for name, connection in connections.items():

@@ -66,7 +66,6 @@ def train(target: str):
         if step in STEPS:
             noise = torch.randn(T + 1, 4000, 2, generator=torch.Generator().manual_seed(1))
             recorder = Recorder(learner.score_net)
-            noise[-1] = 0
             samples = sample_actions(recorder, torch.zeros(4000, 1), noise, schedule, args)
             axis = torch.linspace(-1, 1, 12)
             grid = torch.cartesian_prod(axis, axis)
@@ -106,7 +105,7 @@ def figure_1(snapshots) -> None:
         )
         if path is not None:
             for i in range(6):
-                axis.plot(*path[-5:, i].T, "k.:", lw=0.8, ms=3)  # the last of T steps
+                axis.plot(*path[-5:, i].T, "k.:", lw=0.8, ms=3)  # the last four of T steps
                 axis.plot(*path[-1, i], "ko", ms=4)
         axis.set(
             title=title, xlim=(-1.1, 1.1), ylim=(-1.1, 1.1), aspect="equal", xticks=[], yticks=[]

@@ -35,7 +35,6 @@ def panel(axis, run: Path) -> None:
     schedule = make_schedule(args.beta_schedule, args.diffusion_steps)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(args.diffusion_steps + 1, 4000, 1, generator=generator)
-    noise[-1] = 0
     actions = sample_actions(learner.score_net, obs.expand(4000, -1), noise, schedule, args)[:, 0]
     grid = torch.linspace(-1, 1, 101)[:, None]
     q = learner.critic(obs.expand(101, -1), grid).mean(0).detach()

@@ -25,17 +25,16 @@ def collect(run: Path, destination: Path, label: str | None = None) -> Path:
     folder = destination / name
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("episodes.csv", "evaluations.csv"):
-        if (run / name).exists():  # no evaluations with --eval-every 0
-            shutil.copy(run / name, folder / name)
-    events = EventAccumulator(str(run))
+        shutil.copy(run / name, folder / name)
+    events = EventAccumulator(str(run), {"scalars": 0})  # 0: all of them
     events.Reload()
-    names = [n for n in events.Tags()["scalars"] if n.split("/")[0] in ("losses", "diffusion")]
-    names.append("charts/SPS")
+    kept = "losses/", "diffusion/", "charts/SPS"
+    names = [name for name in events.Tags()["scalars"] if name.startswith(kept)]
     columns = {name: {e.step: f"{e.value:.5g}" for e in events.Scalars(name)} for name in names}
     with (folder / "scalars.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["global_step", *columns])
-        for step in columns["charts/SPS"]:
+        for step in columns.get("charts/SPS", ()):
             writer.writerow([step, *(column.get(step, "") for column in columns.values())])
     with (folder / "args.tmp").open("w", newline="") as file:
         rows = (item for item in args.items() if item[0] != "run_dir")

@@ -71,7 +71,8 @@ def main(flags: Evaluation) -> None:
     args = replace(args, seed=flags.seed, candidates=flags.candidates or args.candidates)
     makers = [partial(make_env, args.env_id)] * flags.episodes
     if flags.video:
-        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
+        if sys.platform == "linux":
+            os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
         path = flags.run / f"videos/step-{global_step}-seed-{args.seed}"
         makers[0] = partial(make_video_env, args.env_id, path)
     envs = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)

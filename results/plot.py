@@ -93,7 +93,7 @@ def plot(group: Path) -> None:
                 total = int(dict(csv.reader((run / "args.csv").open()))["total_timesteps"])
                 late.append(returns[steps > 0.9 * total].mean())
                 spreads.append(spread(run / "evaluations.csv", total))
-                evaluations.append(by_step(run / "evaluations.csv")[1][-1])
+                evaluations += [*by_step(run / "evaluations.csv")[1][-1:]]
             means[variant] = np.mean(last)
             cells = [*map(interval, (last, evaluations, late)), ", ".join(spreads)]
             print(f"| {env_id} | {variant} | {' | '.join(cells)} |")

@@ -4,16 +4,15 @@
     python results/run.py results/mujoco-1m.json --ray auto    # on a Ray cluster (pip install ray)
 
 A table is a JSON file with lists "env_ids" and "seeds" and a dict "variants" from a label to a
-command, to which --env-id, --seed and the task's "flags" are added. A run works in
-runs/<table>/<run>, which is on a shared disk for a cluster, and ends in results/<table>/<run>.
-Killed and started again, this makes the same data: qsm.py goes on bit for bit, peers.py anew. Each
-command needs --total-timesteps; each run has one thread, or OMP_NUM_THREADS.
+command, to which --env-id, --seed and the task's "flags" are added; a label may have a "last_seed".
+A run works in runs/<table>/<run>, which is on a shared disk for a cluster, and ends in
+results/<table>/<run>. Killed and started again, this makes the same data: qsm.py goes on bit for
+bit, peers.py anew. A run has one thread, or OMP_NUM_THREADS.
 """
 
-import argparse
+import contextlib
 import fcntl
 import json
-import math
 import os
 import re
 import shlex
@@ -22,17 +21,17 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import ArgumentParser, Namespace, RawTextHelpFormatter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 processes: set[subprocess.Popen] = set()
 stopping: list[int] = []  # signals that came
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     table: str
     label: str
     env_id: str
@@ -62,7 +61,8 @@ class Run:
 
     @property
     def total_steps(self) -> int:
-        return int(re.search(r"--total-timesteps (\d+)", self.command)[1])
+        found = re.search(r"--total-timesteps[ =]([\d_]+)", self.command)
+        return int((found or sys.exit(f"--total-timesteps is missing: {self.command}"))[1])
 
 
 def read_table(path: Path) -> list[Run]:
@@ -80,21 +80,22 @@ def make(run: Run) -> str:
     """Start or continue a run, wait for its end, and collect its data; returns "done" or why not."""
     run.work.mkdir(parents=True, exist_ok=True)
     with (run.work / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # waits for a process that outlived a killed run.py
+        held = False  # it may be held by a run that outlived a killed run.py
+        while not (held or stopping):
+            with contextlib.suppress(BlockingIOError):
+                held = fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB) is None
+            time.sleep(0.1)
         if run.done or stopping:
             return "done" if run.done else "stopped"
         folder = run.folder
         script, *flags = shlex.split(run.command)
         command = [sys.executable, str(HERE.parent / script), *flags]
         command += ["--env-id", run.env_id, "--seed", str(run.seed)]
-        if script == "qsm.py":
-            command += ["--run-dir", str(run.work)]
-            if folder and (folder / "checkpoint.npz").exists():
-                command = [*command[:2], "--resume", str(folder)]
-            elif folder:
-                shutil.rmtree(folder)  # killed before its first checkpoint
-        else:
-            command += ["--out", str(run.work)]
+        command += ["--run-dir" if script == "qsm.py" else "--out", str(run.work)]
+        if folder and (folder / "checkpoint.npz").exists():
+            command = [*command[:2], "--resume", str(folder)]
+        elif folder:
+            shutil.rmtree(folder)  # killed before its first checkpoint
         options = {"cwd": HERE.parent, "env": {"OMP_NUM_THREADS": "1", **os.environ}}
         options |= {"start_new_session": True, "pass_fds": [lock.fileno()]}  # held by the child
         with (run.work / "log.txt").open("a") as log:
@@ -141,12 +142,11 @@ def show(runs: list[Run], states: dict, first_steps: dict, start: float) -> None
         made = steps - first_steps.setdefault(run.name, steps)
         left = (run.total_steps - steps) * (time.monotonic() - start) / 60 / made if made else 0
         left = f"{left:.0f} min left" if left and not run.done else ""
-        state = "done" if run.done else states.get(run.name, "")
         line = f"{run.name:50} {steps:>10,} of {run.total_steps:,}  return {mean:>7}"
-        print(line, f"{left:>14} {state}", flush=True)
+        print(line, f"{left:>14}", "done" if run.done else states.get(run.name, ""), flush=True)
 
 
-def on_ray(runs: list[Run], args: argparse.Namespace) -> list:
+def on_ray(runs: list[Run], args: Namespace) -> list:
     """One Ray task per run: another node takes it over when its own dies."""
     try:
         import ray
@@ -159,8 +159,7 @@ def on_ray(runs: list[Run], args: argparse.Namespace) -> list:
 
 
 def main() -> None:
-    raw = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
     parser.add_argument("table", type=Path)
     parser.add_argument("-P", type=int, default=0, help="runs at a time; default: one per core")
     parser.add_argument("--ray", help="auto, the address of a cluster, or local")
@@ -168,10 +167,11 @@ def main() -> None:
     parser.add_argument("--every", type=float, default=60, help="seconds between tables")
     args = parser.parse_args()
     runs = read_table(args.table)
-    todo, states, first_steps, start = [r for r in runs if not r.done], {}, {}, time.monotonic()
-    shown = -math.inf
+    todo, states, first_steps = [run for run in runs if not run.done], {}, {}
+    start = shown = time.monotonic()
+    show(runs, states, first_steps, start)
 
-    def stop(signum, frame) -> None:  # runs end their step and write a checkpoint
+    def stop(signum, frame) -> None:  # runs of this machine end their step and write a checkpoint
         stopping.append(signum)
         for process in list(processes):
             process.send_signal(signal.SIGTERM)

@@ -37,9 +37,8 @@ class ExactScore:
         return -self.args.alpha * q_gradient(self.critic, self.obs, actions)
 
 
-def sample(score, obs: torch.Tensor, args: Args, act_dim: int, noisy: bool = False) -> torch.Tensor:
+def sample(score, obs: torch.Tensor, args: Args, act_dim: int) -> torch.Tensor:
     noise = torch.randn(args.diffusion_steps + 1, len(obs), act_dim)
-    noise[-1] *= noisy
     schedule = make_schedule(args.beta_schedule, args.diffusion_steps)
     return sample_actions(score, obs, noise, schedule, args)
 
@@ -55,7 +54,7 @@ def report(run: Path) -> None:
     states, obs = [], envs.reset(seed=0)[0]
     for _ in range(64):
         states.append(torch.as_tensor(obs, dtype=torch.float32))
-        obs, *_ = envs.step(sample(score_net, states[-1], args, act_dim, noisy=True).numpy())
+        obs, *_ = envs.step(sample(score_net, states[-1], args, act_dim).numpy())
     envs.close()
     obs = torch.cat(states[::4]).repeat(SAMPLES, 1)
     uniform = torch.rand(len(obs), act_dim) * 2 - 1
