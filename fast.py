@@ -70,11 +70,11 @@ def tune(device: torch.device, tf32: bool = False) -> None:
 
 
 def tensors_in(learner) -> list[torch.Tensor]:
-    """Every tensor of a learner, once each: of three networks, two optimizers, and the others."""
-    tensors = [x for net in learner[:3] for x in (*net.parameters(), *net.buffers())]
-    for optimizer in learner[3:5]:
+    """Every tensor of a learner, once each: of four networks, two optimizers, and the others."""
+    tensors = [x for net in learner[:4] for x in (*net.parameters(), *net.buffers())]
+    for optimizer in learner[4:6]:
         tensors += [*tree_leaves(list(optimizer.state.values())), optimizer.param_groups[0]["lr"]]
-    return [*tensors, *learner[5:]]
+    return [*tensors, *learner[6:]]
 
 
 def accelerate(function, args, device: torch.device):

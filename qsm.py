@@ -44,9 +44,10 @@ from envs import UserError, make_envs, reset, step
 from fast import accelerate
 from networks import Critic, ScoreNet
 
-NAMES = "alpha", "diffusion_steps", "beta_schedule", "normalize_q_grad", "actor_lr", "critic_lr"
-POSTERIOR, RELEASED = (10.0, 10, "log-snr", True, 1e-3, 1e-3), (50.0, 5, "vp", False, 3e-4, 3e-4)
-PRESETS = {"posterior": POSTERIOR, "released": RELEASED}
+NAMES = "alpha", "diffusion_steps", "beta_schedule", "normalize_q_grad"
+NAMES += "actor_lr", "critic_lr", "policy_tau"
+POSTERIOR, RELEASED = (10.0, 10, "log-snr", True), (50.0, 5, "vp", False)
+PRESETS = {"posterior": (*POSTERIOR, 1e-3, 1e-3, 0.005), "released": (*RELEASED, 3e-4, 3e-4, 1.0)}
 
 
 @dataclass
@@ -87,6 +88,7 @@ class Args:
     normalize_q_grad: bool | None = None  # divide dQ/da by its running mean size; True or False
     actor_lr: float | None = None  # Adam learning rate of the score network; 1e-3 or 3e-4
     critic_lr: float | None = None  # of the critics; 1e-3 or 3e-4
+    policy_tau: float | None = None  # of the running average that is evaluated; 0.005 or 1 (none)
 
     def __post_init__(self):
         for name, value in zip(NAMES, PRESETS[self.score_target], strict=True):
@@ -202,6 +204,7 @@ class Learner(NamedTuple):
     score_net: ScoreNet
     critic: Critic
     critic_target: Critic
+    policy: ScoreNet  # ours: running average of score_net, for evaluations and model.pt only
     actor_optimizer: torch.optim.Adam
     critic_optimizer: torch.optim.Adam
     q_scale: Tensor  # (2,), decayed sums of mean |q_grad| and of 1; their ratio is a running mean
@@ -212,7 +215,7 @@ def make_learner(args: Args, obs_dim: int, act_dim: int, device: torch.device | 
     """Networks with targets Q' = Q (Algorithm 1 line 1), and their optimizers."""
     score_net = ScoreNet(obs_dim, act_dim, args.hidden_dims, args.diffusion_steps).to(device)
     critic = Critic(obs_dim, act_dim, args.hidden_dims).to(device)
-    critic_target = copy.deepcopy(critic).requires_grad_(False)
+    averages = (copy.deepcopy(net).requires_grad_(False) for net in (critic, score_net))
     flags, optimizers = dict(fused=True, capturable=torch.device(device).type == "cuda"), []
     for net, lr in (score_net, args.actor_lr), (critic, args.critic_lr):
         lr = torch.tensor(lr, device=device)  # a tensor, to be changed in place
@@ -220,7 +223,7 @@ def make_learner(args: Args, obs_dim: int, act_dim: int, device: torch.device | 
         nan = math.nan * sum(parameter.sum() for parameter in net.parameters())
         minimise(optimizers[-1], nan)  # creates the optimizer's state; no weight changes
     q_scale, skipped = torch.zeros(2, device=device), torch.zeros((), device=device)
-    return Learner(score_net, critic, critic_target, *optimizers, q_scale, skipped)
+    return Learner(score_net, critic, *averages, *optimizers, q_scale, skipped)
 
 
 def minimise(optimizer: torch.optim.Adam, loss: Tensor) -> Tensor:
@@ -238,7 +241,7 @@ def minimise(optimizer: torch.optim.Adam, loss: Tensor) -> Tensor:
 
 def update(learner: Learner, batch: Batch, noise: Noise, schedule: Schedule, args: Args) -> dict:
     """Algorithm 1 lines 4 to 7, once, without host synchronisation; returns metrics as tensors."""
-    score_net, critic, critic_target, actor_optimizer, critic_optimizer, q_scale, skipped = learner
+    score_net, critic, critic_target, policy, *_, q_scale, skipped = learner
     posterior = args.score_target == "posterior"
 
     # Line 4: TD target (SML:180-210). A termination stops bootstrapping, a time limit does not.
@@ -251,7 +254,7 @@ def update(learner: Learner, batch: Batch, noise: Noise, schedule: Schedule, arg
     # Line 5: critics (SML:214-222).
     q = critic(batch.obs, batch.actions)  # (2, B)
     critic_loss = (q - y).square().mean(1).sum()
-    skipped += minimise(critic_optimizer, critic_loss)
+    skipped += minimise(learner.critic_optimizer, critic_loss)
 
     # Line 6: score network. The replayed action is noised to level t (SML:250-259).
     abar = schedule.alphas_cumprod[noise.t, None]  # (B, 1)
@@ -275,12 +278,13 @@ def update(learner: Learner, batch: Batch, noise: Noise, schedule: Schedule, arg
     # Released: minus, since eps points against the score (SML:279; its README has a plus).
     target = posterior_mean(drift, noisy_actions, abar, schedule) if posterior else -drift
     actor_loss = (prediction - target).square().mean()
-    skipped += minimise(actor_optimizer, actor_loss)
+    skipped += minimise(learner.actor_optimizer, actor_loss)
     q_scale.copy_(torch.where(actor_loss.isfinite(), new_q_scale, q_scale))
 
-    # Line 7: target networks.
+    # Line 7: target networks; and the average that is evaluated.
     with torch.no_grad():
         torch._foreach_lerp_([*critic_target.parameters()], [*critic.parameters()], args.tau)
+        torch._foreach_lerp_([*policy.parameters()], [*score_net.parameters()], args.policy_tau)
 
     return {
         "losses/critic_loss": critic_loss.detach(),
@@ -345,6 +349,7 @@ def main(args: Args) -> Path:
     obs = reset(envs, args.seed + first_step)
     (obs_dim,), (act_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
     learner = make_learner(args, obs_dim, act_dim, device)
+    evaluated = learner._replace(score_net=learner.policy)
     buffer = ReplayBuffer(args.buffer_size, obs_dim, act_dim, device)
     schedule = make_schedule(args.beta_schedule, T, device)
     act_fast, update_fast = accelerate(act, args, device), accelerate(update, args, device)
@@ -364,7 +369,7 @@ def main(args: Args) -> Path:
             due = args.eval_every and global_step % args.eval_every < args.num_envs
             if due and files.last_evaluation < global_step:
                 try:
-                    episodes = evaluate(learner, eval_envs, schedule, args, stop_request)
+                    episodes = evaluate(evaluated, eval_envs, schedule, args, stop_request)
                     if not stop_request():
                         files.log_evaluation(global_step, args, episodes)
                 except UserError as error:  # training goes on

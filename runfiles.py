@@ -32,7 +32,7 @@ RANGES = {
     f"{COUNTS} candidates hidden_dims": (1, 10**12),
     "learning_starts eval_every checkpoint_every actor_lr_decay action_noise alpha": (0, 10**12),
     "utd actor_lr critic_lr": (1e-9, 10**6),
-    "gamma tau": (0, 1),
+    "gamma tau policy_tau": (0, 1),
     "seed": (0, 2**31),
 }
 
@@ -152,12 +152,12 @@ class RunFiles:
         saved |= dict(files=(sizes, self.last_evaluation), size=buffer.size)
         saved |= dict(envs=envs.get_attr("snapshot") if envs else (None,), position=buffer.position)
         model = dict(args=self.args, global_step=loop[0], q_scale=learner.q_scale)
-        model |= {k: getattr(learner, k).state_dict() for k in ("score_net", "critic")}
+        model |= dict(score_net=learner.policy.state_dict(), critic=learner.critic.state_dict())
         model = tree_map_only(torch.Tensor, torch.Tensor.cpu, model)
         rows = {k: x[: buffer.size].cpu().numpy() for k, x in buffer.storage._asdict().items()}
         try:
             self.events.flush()  # else a killed run lacks events from before its checkpoint
-            if not all(p.isfinite().all() for net in learner[:3] for p in net.parameters()):
+            if not all(p.isfinite().all() for net in learner[:4] for p in net.parameters()):
                 raise UserError("the networks have non-finite weights")
             torch.save(saved, pickled := io.BytesIO())
             torch.save(model, policy := io.BytesIO())  # torch.save to a full disk raises no OSError

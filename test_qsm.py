@@ -94,10 +94,10 @@ def linear_q(obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
 
 def learner_of(score_net, critic, lr: float = 0.0) -> qsm.Learner:
     """A learner around networks that are given; with a learning rate of 0 they stay."""
-    nets, target = ((score_net, lr), (critic, 0.0)), copy.deepcopy(critic).requires_grad_(False)
+    nets, averages = ((score_net, lr), (critic, 0.0)), copy.deepcopy((critic, score_net))
     adams = [torch.optim.Adam(x.parameters(), torch.tensor(lr), fused=True) for x, lr in nets]
     q_scale = torch.zeros(2, dtype=next(score_net.parameters()).dtype)
-    return qsm.Learner(score_net, critic, target, *adams, q_scale, torch.zeros(()))
+    return qsm.Learner(score_net, critic, *averages, *adams, q_scale, torch.zeros(()))
 
 
 # ---------------------------------------------------------------------------------------- networks
@@ -300,18 +300,18 @@ def test_gradient_scale_is_the_running_mean_and_makes_the_target_scale_free():
 
 
 def test_update_moves_critics_targets_and_score_as_stated():
-    args = Args(hidden_dims=(16, 16), tau=0.1, batch_size=32)
+    args = Args(hidden_dims=(16, 16), tau=0.1, policy_tau=0.2, batch_size=32)
     learner, schedule = make_learner(args, OBS, ACT, "cpu"), make_schedule("log-snr", 10)
     for seed in range(3):
-        old = [[p.clone() for p in net.parameters()] for net in learner[:3]]
+        old = [[p.clone() for p in net.parameters()] for net in learner[:4]]
         noise = draw_noise(args, ACT, generator(seed))
         metrics = update(learner, random_batch(32), noise, schedule, args)
-        new = [list(net.parameters()) for net in learner[:3]]
-        for x, before, online in zip(new[2], old[2], new[1]):
-            torch.testing.assert_close(x, 0.1 * online.detach() + 0.9 * before)
-            assert not x.requires_grad  # or every update hangs its graph on the last one's
-        for x, before in zip(new[0] + new[1], old[0] + old[1]):
-            assert not torch.equal(x, before)
+        new = [list(net.parameters()) for net in learner[:4]]
+        for i, online, tau in (2, 1, args.tau), (3, 0, args.policy_tau):
+            for x, before, y in zip(new[i], old[i], new[online], strict=True):
+                torch.testing.assert_close(x, tau * y.detach() + (1 - tau) * before)
+                assert not x.requires_grad  # or every update hangs its graph on the last one's
+        assert not any(map(torch.equal, new[0] + new[1], old[0] + old[1]))
         assert all(not x.requires_grad and math.isfinite(x) for x in metrics.values())
 
 
@@ -328,7 +328,7 @@ def equal(xs, ys) -> bool:
 def test_update_with_a_non_finite_loss_changes_nothing(score_target):
     """A NaN reward spoils the critic's loss and nothing else; a NaN observation spoils both."""
     args = Args(score_target=score_target, hidden_dims=(8, 8), diffusion_steps=3, batch_size=B)
-    args.tau = 0.0
+    args.tau = args.policy_tau = 0.0
     learner, schedule = make_learner(args, OBS, ACT, "cpu"), make_schedule("log-snr", 3)
     batch, noise, row = random_batch(), draw_noise(args, ACT, generator()), torch.tensor([2])
     update(learner, batch, noise, schedule, args)

@@ -3,10 +3,9 @@
     python results/last_policy.py runs/<run> ...        # 3 to 10 minutes a run; your own runs only
 
 Every 500 updates: mean and least return of ten episodes, without action noise, of the score network and of its running
-average (tau = 0.005) since the checkpoint. The buffer, the critics' and the score network's learning rates are the run's.
+average (tau = 0.005). The buffer, the critics' and the score network's learning rates are the run's.
 """
 
-import copy
 import sys
 from pathlib import Path
 
@@ -35,7 +34,7 @@ def main(run: Path) -> None:
     rng, update_fast = torch.Generator(device), accelerate(update, args, device)
     reset(envs, args.seed)
     runfiles.restore(saved, learner, buffer, envs, rng)
-    average = copy.deepcopy(learner.score_net).requires_grad_(False)
+    args.policy_tau = 0.005  # also where the run evaluates the network itself
     learner.actor_optimizer.param_groups[0]["lr"].fill_(actor_lr_at(saved["loop"][1], args))
 
     def returns(score_net) -> str:
@@ -46,9 +45,8 @@ def main(run: Path) -> None:
     for k in range(1, EVERY * TIMES + 1):
         batch = buffer.sample(args.batch_size, rng)
         update_fast(learner, batch, draw_noise(args, act_dim, rng), schedule, args)
-        torch._foreach_lerp_([*average.parameters()], [*learner.score_net.parameters()], 0.005)
         if k % EVERY == 0:
-            row = returns(learner.score_net), returns(average)
+            row = returns(learner.score_net), returns(learner.policy)
             print(f"{args.env_id},{args.seed},{k},{','.join(row)}", flush=True)
 
 

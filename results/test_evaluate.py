@@ -45,6 +45,17 @@ def test_evaluation_of_a_saved_policy_is_the_one_of_the_run(tmp_path, capsys):
     assert torch.equal(load_policy(run)[1].q_scale, checkpoint(run)["learner"][-2])
 
 
+def test_the_average_is_evaluated_and_saved_not_the_score_network(tmp_path):
+    """With a step of 0 it stays the first network."""
+    flags = dict(env_id="Pendulum-v1", eval_every=30, eval_episodes=2, policy_tau=0.0)
+    run = qsm.main(quick(tmp_path, **flags))
+    rows = [row.split(",") for row in (run / "evaluations.csv").read_text().splitlines()[1:]]
+    assert [row[0] for row in rows] == ["0", "0", "30", "30", "60", "60"]
+    assert rows[0][1:] == rows[2][1:] == rows[4][1:] and rows[1][1:] == rows[5][1:]
+    saved = load_policy(run)[1].score_net.parameters()
+    assert not any(map(torch.equal, saved, checkpoint(run)["learner"]))
+
+
 def test_deterministic_evaluation_acts_with_noise_of_zeros(tmp_path):
     run = qsm.main(quick(tmp_path, env_id="Pendulum-v1"))
     for candidates in (1, 3):  # which are all equal
