@@ -37,7 +37,7 @@ class Evaluation:
 
 
 def load_policy(run: Path) -> tuple[Args, Learner, int]:
-    """Arguments, learner (networks and scale of dQ/da are those of the run, on the CPU), and steps made."""
+    """Arguments, learner (score_net is the saved policy; critic and q_scale are the run's; on the CPU), and steps made."""
     path = run / "model.pt"
     with user_errors(f"{path} is damaged, or of another version of qsm.py"):
         model = torch.load(path, map_location="cpu", weights_only=True)

@@ -59,7 +59,7 @@ def report(run: Path) -> None:
     obs = torch.cat(states[::4]).repeat(SAMPLES, 1)
     uniform = torch.rand(len(obs), act_dim) * 2 - 1
     samples = {
-        "score network of the run": sample(score_net, obs, args, act_dim),
+        "policy of the run": sample(score_net, obs, args, act_dim),
         "uniform": uniform,
     }
     exact = Args(score_target="released")
