@@ -2,7 +2,8 @@
 
     python results/look.py runs/<run>       # of your own: an --env-id module:id is imported
 
-Q is the mean of the two critics. Ten episodes, without action noise, of the policy and of its actions moved up Q.
+Q is the mean of the two critics. Ten episodes each, without action noise: of the policy, of its actions moved up Q, and
+of its actions times 1.3 and 2, cut to [-1, 1].
 """
 
 import sys
@@ -58,9 +59,10 @@ def main(run: Path) -> None:
     schedule = make_schedule(args.beta_schedule, args.diffusion_steps)
     act_dim, generator = learner.score_net.columns[0], torch.Generator().manual_seed(0)
 
-    def sample(obs: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    def sample(obs: torch.Tensor, scale: float = 1.0, factor: float = 1.0) -> torch.Tensor:
         noise = torch.randn(args.diffusion_steps, len(obs), act_dim, generator=generator)
-        return sample_actions(learner.score_net, obs, scale * noise, schedule, args)
+        actions = sample_actions(learner.score_net, obs, scale * noise, schedule, args)
+        return (factor * actions).clamp(-1, 1)
 
     def moved(obs: torch.Tensor, steps: int) -> torch.Tensor:
         actions = sample(obs)
@@ -68,6 +70,9 @@ def main(run: Path) -> None:
             gradient = q_gradient(learner.critic, obs, actions)
             actions = (actions + 0.02 * normalize(gradient, dim=-1)).clamp(-1, 1)
         return actions
+
+    def on_bound(actions: torch.Tensor) -> str:
+        return f"{(actions.abs() == 1).float().mean():.3f}"
 
     @torch.no_grad()
     def q(obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
@@ -88,14 +93,18 @@ def main(run: Path) -> None:
         "Q less that": f"{(values - to_come).mean():.1f} +- {(values - to_come).std():.1f}",
         "their correlation": f"{np.corrcoef(values, to_come)[0, 1]:.2f}",
         "standard deviation of an action coordinate": f"{actions.view(-1, K, act_dim).std(1).mean():.3f}",
-        "share of them on a bound": f"{(actions.abs() == 1).float().mean():.3f}",
+        "share of them on a bound": on_bound(actions),
         "Q of uniform actions": f"{q(obs_K, uniform).mean():.2f}",
         "Q of the policy": f"{q(obs_K, actions).mean():.2f}",
         f"Q of the best of {K}": f"{q(obs_K, actions).view(-1, K).amax(1).mean():.2f}",
     }
     for length, choose in higher.items():
         rows[f"Q of actions moved by {length}"] = f"{q(obs, choose(obs)).mean():.2f}"
+        rows[f"share of them on a bound, moved by {length}"] = on_bound(choose(obs))
         rows[f"return of actions moved by {length}"] = roll_out(args.env_id, choose, args.gamma)[2]
+    for factor in (1.3, 2.0):
+        scaled = partial(sample, factor=factor)
+        rows[f"return of actions times {factor}"] = roll_out(args.env_id, scaled, args.gamma)[2]
     print(f"{args.env_id}, seed {args.seed}, step {global_step}")
     for name, value in rows.items():
         print(f"{name:45} {value}")
