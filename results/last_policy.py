@@ -6,6 +6,7 @@ Every 500 updates: mean and least return of ten episodes, without action noise, 
 average (tau = 0.005). The buffer, the critics' and the score network's learning rates are the run's.
 """
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -33,7 +34,8 @@ def main(run: Path) -> None:
     schedule = make_schedule(args.beta_schedule, args.diffusion_steps, device)
     rng, update_fast = torch.Generator(device), accelerate(update, args, device)
     reset(envs, args.seed)
-    runfiles.restore(saved, learner, buffer, envs, rng)
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is a CSV
+        runfiles.restore(saved, learner, buffer, envs, rng)
     args.policy_tau = 0.005  # also where the run evaluates the network itself
     learner.actor_optimizer.param_groups[0]["lr"].fill_(actor_lr_at(saved["loop"][1], args))
 
