@@ -99,8 +99,9 @@ def main(run: Path) -> None:
         f"Q of the best of {K}": f"{q(obs_K, actions).view(-1, K).amax(1).mean():.2f}",
     }
     for length, choose in higher.items():
-        rows[f"Q of actions moved by {length}"] = f"{q(obs, choose(obs)).mean():.2f}"
-        rows[f"share of them on a bound, moved by {length}"] = on_bound(choose(obs))
+        actions = choose(obs)
+        rows[f"Q of actions moved by {length}"] = f"{q(obs, actions).mean():.2f}"
+        rows[f"share of them on a bound, moved by {length}"] = on_bound(actions)
         rows[f"return of actions moved by {length}"] = roll_out(args.env_id, choose, args.gamma)[2]
     for factor in (1.3, 2.0):
         scaled = partial(sample, factor=factor)
