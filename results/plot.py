@@ -14,7 +14,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 HERE = Path(__file__).parent
-COLORS = {"posterior": "tab:blue", "released": "tab:orange", "sac": "tab:green", "td3": "tab:red"}
+COLORS = dict(released="tab:orange", sac="tab:green", td3="tab:red")
+COLORS |= dict(posterior="tab:blue", average="navy")  # they train alike
 OTHERS = ("tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "tab:gray")
 
 
