@@ -122,12 +122,7 @@ def compiled(function, learner, data, noise, schedule, args):
     except Exception as error:  # no g++, or on CUDA no triton or gcc; killed by a Ctrl-C
         tqdm.write(f"not compiled: {one_line(error)}")
     held = tensors[: -len(tree_leaves((data, noise)))]
-
-    @torch.no_grad()
-    def compiled_function(learner, data, noise, schedule, args):
-        return graph(*held, *tree_leaves((data, noise)))
-
-    return compiled_function
+    return lambda learner, data, noise, *_: graph(*held, *tree_leaves((data, noise)))
 
 
 def captured(function, learner, data, noise, schedule, args):

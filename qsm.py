@@ -15,12 +15,11 @@ the score network (from the ICLR 2024 submission; we did not have the ICML text)
     7  Q' <- tau Q + (1 - tau) Q'
 
 --score-target released does line 6 as the authors' code does: it noises a to a_t and regresses
-eps(s, a_t, t) onto -alpha dQ/da(s, a_t). The default, posterior, is ours and replaces line 6
-(docs/score_target.md). The network predicts x(s, a_t, t), the mean clean action given a_t. Its
-target is the mean of exp(alpha g a) N(a_t; sqrt(abar_t) a, 1 - abar_t) on [-1, 1], exact where Q is
-linear; abar = alphas_cumprod. The slope g is dQ/da at x or at the mean for a flat Q, the smaller in
-size, 0 where their signs differ, divided by its running mean size. The score at a_t is then
-(sqrt(abar_t) x - a_t) / (1 - abar_t).
+eps(s, a_t, t) onto -alpha dQ/da(s, a_t). The default, posterior, is ours (docs/score_target.md).
+The network predicts x(s, a_t, t), the mean clean action given a_t. Its target is the mean of
+exp(alpha g a) N(a_t; sqrt(abar_t) a, 1 - abar_t) on [-1, 1], exact where Q is linear. Here abar is
+alphas_cumprod and g the slope of Q over its running mean size, limited as `update` describes. The
+score at a_t is then (sqrt(abar_t) x - a_t) / (1 - abar_t).
 
 "Released" below is the authors' JAX code, github.com/Alescontrela/score_matching_rl at 2e77893; SML
 is its jaxrl5/agents/score_matching/score_matching_learner.py, DIF its jaxrl5/networks/diffusion.py.
