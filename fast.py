@@ -14,22 +14,8 @@ from tqdm import tqdm
 from envs import one_line
 
 
-def mish(x: torch.Tensor) -> torch.Tensor:
-    """x tanh(softplus(x)) with one exponential, not three; beyond 20 it is x in float32."""
-    w = x.clamp_max(20.0).exp()
-    n = w * (w + 2)
-    return x * (n / (n + 2))
-
-
-def mish_backward(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    x = x.clamp_max(20.0)
-    w = x.exp()
-    n = w * (w + 2)
-    return grad * (n / (n + 2) + x * (4 * w * (w + 1) / (n + 2) ** 2))
-
-
 def adam(params, grads, means, squares, _, steps, *, lr, beta1, beta2, eps, found_inf, **others):
-    """The step of torch's fused Adam; torch has already increased `steps`."""
+    """The step of torch's fused Adam, to be compiled; torch has already increased `steps`."""
     assert not any(others.values()), others  # weight decay, AMSGrad and the like
     finite = 1 - found_inf
     t = steps[0].double().view(1)  # the same for all; in float32 1 - 0.999^t has few digits
@@ -40,13 +26,6 @@ def adam(params, grads, means, squares, _, steps, *, lr, beta1, beta2, eps, foun
         mean.lerp_(grad, (1 - beta1) * finite)
         square.lerp_(grad.square(), (1 - beta2) * finite)
         parameter.sub_(finite * lr / bias[0] * mean / ((square / bias[1]).sqrt() + eps))
-
-
-DECOMPOSITIONS = {  # replace kernels of torch when compiling, to be fused with their neighbours
-    torch.ops.aten.mish.default: mish,
-    torch.ops.aten.mish_backward.default: mish_backward,
-    torch.ops.aten._fused_adam_.tensor_lr: adam,
-}
 
 
 def tune(device: torch.device, tf32: bool = False) -> None:
@@ -114,7 +93,8 @@ def compiled(function, learner, data, noise, schedule, args):
         return function(*copy.deepcopy((learner, data, noise, schedule), in_place_of), args)
 
     tensors = [x.detach() for x in everything]  # the backward pass is within the graph
-    graph = make_fx(on_tensors, DECOMPOSITIONS, tracing_mode="fake")(*tensors)
+    own = {torch.ops.aten._fused_adam_.tensor_lr: adam}  # the compiler has none
+    graph = make_fx(on_tensors, own, tracing_mode="fake")(*tensors)
     options = {"cpp_wrapper": True, "pattern_matcher": False} if tensors[0].is_cpu else {}
     try:
         with torch.no_grad():

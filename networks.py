@@ -13,6 +13,13 @@ def linear(in_dim: int, out_dim: int) -> nn.Linear:
     return layer
 
 
+def mish(x: Tensor) -> Tensor:
+    """x tanh(softplus(x)), with one exponential; beyond 20 it is x in float32."""
+    w = x.clamp_max(20.0).exp()
+    n = w * (w + 2)
+    return x * (n / (n + 2))
+
+
 class ScoreNet(nn.Module):
     """The prediction of the diffusion policy at (s, a_t, t): the clean action, or the noise eps.
 
@@ -36,7 +43,7 @@ class ScoreNet(nn.Module):
     def time_features(self) -> Tensor:
         """The time embedding's share of the first layer for t = 0 .. T-1, with the bias, (T, H)."""
         angles = 2 * torch.pi * self.timesteps[:, None] * self.frequencies  # (T, time_dim / 2)
-        x = F.mish(self.time_mlp[0](torch.cat([angles.cos(), angles.sin()], dim=-1)))
+        x = mish(self.time_mlp[0](torch.cat([angles.cos(), angles.sin()], dim=-1)))
         time_weight = self.first.weight.split(self.columns, dim=1)[2]
         return F.linear(self.time_mlp[1](x), time_weight, self.first.bias)
 
@@ -47,9 +54,9 @@ class ScoreNet(nn.Module):
     def denoise(self, features: Tensor, noisy_actions: Tensor) -> Tensor:
         """The prediction (B, A) from obs_features + time_features (B, H) and a_t (B, A)."""
         act_weight = self.first.weight.split(self.columns, dim=1)[0]
-        x = F.mish(features + F.linear(noisy_actions, act_weight))
+        x = mish(features + F.linear(noisy_actions, act_weight))
         for layer in self.hidden:
-            x = F.mish(layer(x))
+            x = mish(layer(x))
         return self.out(x)
 
     def forward(self, obs: Tensor, noisy_actions: Tensor, t: Tensor) -> Tensor:

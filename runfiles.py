@@ -47,7 +47,7 @@ def errors_in_one_line():
             raise SystemExit(f"error: {error}") from None
         if not re.search("(out of|allocate) memory", str(error)):
             raise
-        hint = "lower --batch-size, --hidden-dims or --candidates"
+        hint = "lower --buffer-size, --batch-size, --hidden-dims or --candidates"
         raise SystemExit(f"error: {hint}: {one_line(error)}") from None
 
 
@@ -102,16 +102,15 @@ class RunFiles:
     """
 
     def __init__(self, args, saved: dict | None = None):
-        with user_errors("--track needs wandb (pip install wandb)"):
-            wandb = importlib.import_module("wandb") if args.track else None
         name = re.sub("[/:]", "-", f"{args.env_id}__qsm__{args.seed}__{time.time_ns()}")
         self.path = args.resume or args.run_dir / name
-        self.path.mkdir(parents=True, exist_ok=bool(args.resume))
         self.args = vars(args) | {"run_dir": str(args.run_dir), "resume": None}
-        if wandb:
-            with user_errors("wandb does not start (wandb login)"):
+        if args.track:
+            with user_errors("--track needs wandb (pip install wandb; wandb login)"):
+                wandb = importlib.import_module("wandb")
                 run_id = self.path.resolve().name  # a resumed run goes on under its id
                 wandb.init(id=run_id, config=self.args, resume="allow", sync_tensorboard=True)
+        self.path.mkdir(parents=True, exist_ok=bool(args.resume))
         self.time, self.step = time.perf_counter(), saved["loop"][0] if saved else 0
         self.events = SummaryWriter(self.path, purge_step=self.step + 1 if saved else None)
         sizes, self.last_evaluation = saved["files"] if saved else ((0, 0), -1)
@@ -205,11 +204,9 @@ def whole_file(path: Path):
 def locked(folder: Path):
     """A file that locks this folder until it is closed or the process ends."""
     file = (folder / "lock").open("w")
-    try:
+    with user_errors(f"{folder} is in use by another process"):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return file
-    except BlockingIOError:
-        raise UserError(f"{folder} is in use by another process") from None
+    return file
 
 
 def load_checkpoint(args) -> tuple:

@@ -34,7 +34,7 @@ import qsm
 import runfiles
 from buffer import Batch, ReplayBuffer
 from envs import step
-from networks import Critic, ScoreNet
+from networks import Critic, ScoreNet, mish
 from qsm import Args, act, draw_noise, make_learner, make_schedule, sample_actions, update
 
 OBS, ACT, B = 3, 2, 5  # sizes of observation, action and batch where nothing else is said
@@ -113,6 +113,15 @@ def test_score_net_equals_the_concatenated_network():
     x = F.mish(net.first(torch.cat([batch.actions, batch.obs, embedding], 1)))
     expected = net.out(F.mish(net.hidden[0](x)))
     torch.testing.assert_close(net(batch.obs, batch.actions, t), expected)
+
+
+def test_mish_is_mish():
+    """And its derivative, against float64, over all of float32's range."""
+    x = torch.cat([torch.linspace(-100, 100, 20_001), torch.tensor([-3e38, -1e4, 1e4, 3e38])])
+    (ours, derive), (exact, backward) = map(torch.func.vjp, (mish, F.mish), (x, x.double()))
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=1e-12)
+    (grad,), (exact,) = derive(torch.ones_like(x)), backward(torch.ones_like(exact))
+    torch.testing.assert_close(grad.double(), exact, rtol=1e-5, atol=1e-6)
 
 
 def test_critic_equals_two_separate_networks():
@@ -503,16 +512,6 @@ def test_learned_policy_is_the_boltzmann_density_of_hills(centers, shift, bound)
 
 
 # ------------------------------------------------------------------------------------------- speed
-
-
-def test_compiled_mish_is_mish():
-    """And its derivative, against float64, over all of float32's range."""
-    x = torch.cat([torch.linspace(-100, 100, 20_001), torch.tensor([-3e38, -1e4, 1e4, 3e38])])
-    exact, backward = torch.func.vjp(F.mish, x.double())
-    torch.testing.assert_close(fast.mish(x).double(), exact, rtol=1e-6, atol=1e-12)
-    (exact,) = backward(torch.full_like(exact, 2.0))
-    grad = fast.mish_backward(torch.tensor(2.0), x).double()
-    torch.testing.assert_close(grad, exact, rtol=1e-5, atol=1e-6)
 
 
 def test_subnormals_are_flushed():
