@@ -20,9 +20,9 @@ class ReplayBuffer:
     """The last `capacity` transitions on `device`, sampled uniformly with replacement.
 
     Raises:
-        MemoryError: on a CPU, it is larger than the free memory. The system hands out memory page
-            by page as the buffer fills: without this check such a run would be killed after hours.
-            The limit of a container is not seen.
+        MemoryError: on a CPU, if it is larger than the free memory. Pages are handed out only as
+            it fills: without this check a run would be killed after hours. A container's limit is
+            not seen.
     """
 
     def __init__(self, capacity: int, obs_dim: int, act_dim: int, device="cpu"):

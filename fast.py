@@ -1,7 +1,4 @@
-"""Speed only: allocation, compilation, CUDA graphs. The algorithm is not here.
-
-But for `tensors_in`, a run without this file is the same up to rounding, only slower.
-"""
+"""Speed only: allocation, compilation, CUDA graphs. Without them a run differs by rounding only."""
 
 import copy
 import ctypes
@@ -34,34 +31,31 @@ def tune(device: torch.device, tf32: bool = False) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where graphs are captured
     else:
-        # Adam's means of dead units stay below 1e-38 for ever, where a CPU can be slow: 3.6 times
-        # on an Intel, on Humanoid-v4 after 180,000 steps. 300 updates gave the same weights.
+        # Adam's means of dead units sink below 1e-38, where a CPU can be 3.6 times as slow.
         torch.set_flush_denormal(True)
         # MKL can be slow on AMD; "medium" is oneDNN, which may use bfloat16
         torch.set_float32_matmul_precision("medium")
         x = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
         if (x[0] @ x[1] - x[0].double() @ x[1].double()).abs().max() > 1e-3:  # float32: 1e-5
             torch.set_float32_matmul_precision("highest")
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):  # else glibc gives freed memory back, only to fault it in
-            libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, its maximum
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)  # glibc has it
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, its maximum: else freed memory is faulted in again
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def tensors_in(learner) -> list[torch.Tensor]:
     """Every tensor of a learner, once each: of four networks, two optimizers, and the others."""
     tensors = [x for net in learner[:4] for x in (*net.parameters(), *net.buffers())]
-    for optimizer in learner[4:6]:
-        tensors += [*tree_leaves(list(optimizer.state.values())), optimizer.param_groups[0]["lr"]]
-    return [*tensors, *learner[6:]]
+    adams = [[*adam.state.values(), adam.param_groups[0]["lr"]] for adam in learner[4:6]]
+    return [*tensors, *tree_leaves(adams), *learner[6:]]
 
 
 def accelerate(function, args, device: torch.device):
     """`function(learner, data, noise, schedule, args)`, made fast as `args` say.
 
     The result must always be called with the same learner, schedule and args, and with data and
-    noise of the same shapes. Compilation and capture happen on the first call. Where they fail, one
-    line says so and training goes on without.
+    noise of the same shapes. Compilation and capture happen on the first call. Where one fails, a
+    line says so and training goes on with what there is.
     """
     many = args.utd * (args.total_timesteps - args.learning_starts) > 20_000
     ways = [compiled] if args.compile or (args.compile is None and many) else []
@@ -88,8 +82,7 @@ def compiled(function, learner, data, noise, schedule, args):
     everything = [*tensors_in(learner), *schedule, *tree_leaves((data, noise))]
 
     def on_tensors(*traced):
-        pairs = zip(everything, traced, strict=True)
-        in_place_of = {id(x): new.requires_grad_(x.requires_grad) for x, new in pairs}
+        in_place_of = {id(x): y.requires_grad_(x.requires_grad) for x, y in zip(everything, traced)}
         return function(*copy.deepcopy((learner, data, noise, schedule), in_place_of), args)
 
     tensors = [x.detach() for x in everything]  # the backward pass is within the graph

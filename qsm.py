@@ -1,8 +1,8 @@
 """Q-Score Matching (QSM): off-policy reinforcement learning with a diffusion-model policy.
 
 Psenka, Escontrela, Abbeel, Ma: "Learning a Diffusion Model Policy from Rewards via Q-Score
-Matching", ICML 2024, arXiv 2312.11752. A policy pi(a|s) ~ exp(alpha Q(s, a)) has the score
-grad_a log pi = alpha dQ/da. QSM regresses the network of a diffusion policy onto that action
+Matching", ICML 2024, arXiv 2312.11752. A policy pi(a|s) proportional to exp(alpha Q(s, a)) has the
+score grad_a log pi = alpha dQ/da. QSM regresses the network of a diffusion policy onto that action
 gradient, instead of back-propagating through the denoising chain. The paper's Algorithm 1, with Psi
 the score network (from the ICLR 2024 submission; we did not have the ICML text):
 
@@ -18,8 +18,7 @@ the score network (from the ICLR 2024 submission; we did not have the ICML text)
 eps(s, a_t, t) onto -alpha dQ/da(s, a_t). The default, posterior, is ours (docs/score_target.md).
 The network predicts x(s, a_t, t), the mean clean action given a_t. Its target is the mean of
 exp(alpha g a) N(a_t; sqrt(abar_t) a, 1 - abar_t) on [-1, 1], exact where Q is linear. Here abar is
-alphas_cumprod and g the slope of Q over its running mean size, limited as `update` describes. The
-score at a_t is then (sqrt(abar_t) x - a_t) / (1 - abar_t).
+alphas_cumprod and g the slope of Q over its running mean size, limited as `update` describes.
 
 "Released" below is the authors' JAX code, github.com/Alescontrela/score_matching_rl at 2e77893; SML
 is its jaxrl5/agents/score_matching/score_matching_learner.py, DIF its jaxrl5/networks/diffusion.py.
@@ -43,10 +42,10 @@ from envs import UserError, make_envs, reset, step
 from fast import accelerate
 from networks import Critic, ScoreNet
 
-NAMES = "alpha", "diffusion_steps", "beta_schedule", "normalize_q_grad"
-NAMES += "actor_lr", "critic_lr", "policy_tau"
-POSTERIOR, RELEASED = (10.0, 10, "log-snr", True), (50.0, 5, "vp", False)
-PRESETS = {"posterior": (*POSTERIOR, 1e-3, 1e-3, 0.005), "released": (*RELEASED, 3e-4, 3e-4, 1.0)}
+# Flags that depend on the score target: (posterior, released).
+PRESETS = dict(alpha=(10.0, 50.0), diffusion_steps=(10, 5), beta_schedule=("log-snr", "vp"))
+PRESETS |= dict(normalize_q_grad=(True, False), actor_lr=(1e-3, 3e-4), critic_lr=(1e-3, 3e-4))
+PRESETS |= dict(policy_tau=(0.005, 1.0))
 
 
 @dataclass
@@ -69,7 +68,7 @@ class Args:
     resume: Path | None = None  # folder of a run: continue it, with its own flags but for --device
 
     buffer_size: int = 1_000_000  # transitions kept, on the training device
-    learning_starts: int = 10_000  # environment steps with uniform random actions
+    learning_starts: int = 10_000  # first environment steps: uniform random actions, no updates
     batch_size: int = 256  # transitions in an update
     utd: float = 1.0  # update-to-data ratio: updates per environment step, fractions included
     gamma: float = 0.99  # discount
@@ -80,7 +79,7 @@ class Args:
     candidates: int = 1  # actions drawn to act; the one with the highest min-Q is taken (paper: 1)
 
     score_target: Literal["posterior", "released"] = "posterior"  # what the network learns
-    # None: the value of PRESETS for the score target
+    # None: its value in PRESETS; "10 or 5" is 10 with posterior, 5 with released
     alpha: float | None = None  # inverse temperature (released: M_q); 10 on the scaled dQ/da, or 50
     diffusion_steps: int | None = None  # denoising steps T; 10 or 5
     beta_schedule: Literal["log-snr", "vp"] | None = None  # noise schedule; log-snr or vp
@@ -90,9 +89,9 @@ class Args:
     policy_tau: float | None = None  # of the running average that is evaluated; 0.005 or 1 (none)
 
     def __post_init__(self):
-        for name, value in zip(NAMES, PRESETS[self.score_target], strict=True):
+        for name, values in PRESETS.items():
             if getattr(self, name) is None:
-                setattr(self, name, value)
+                setattr(self, name, values[self.score_target == "released"])
 
 
 class Schedule(NamedTuple):
@@ -117,15 +116,14 @@ def make_schedule(name: str, T: int, device: torch.device | str = "cpu") -> Sche
         abar = torch.exp(-0.1 / T - 0.5 * (10 - 0.1) * (2 * t - 1) / T**2).cumprod(0)
     elif name == "log-snr":  # the log of the ratio, at the least and the most noise
         least, most = torch.tensor([0.1, 0.995], dtype=torch.float64).square().logit().neg()
-        abar = torch.linspace(most if T == 1 else least, most, T, dtype=torch.float64).sigmoid()
+        abar = torch.linspace(most, least, T, dtype=torch.float64).flip(0).sigmoid()
     else:
         raise UserError(f"--beta-schedule must be log-snr or vp, got {name}")
     abar_before = torch.cat([torch.ones(1), abar[:-1]])  # of t - 1
     betas = 1 - abar / abar_before
     clean_scale = abar_before.sqrt() * betas / (1 - abar)
     noisy_scale = (1 - betas).sqrt() * (1 - abar_before) / (1 - abar)
-    # Nodes h apart integrate a Gaussian of width s up to a relative 2 exp(-2 (pi s / h)^2), 5e-9 at
-    # h = s. Gauss-Legendre nodes are at most pi / G apart: here at most half the least width.
+    # Gauss-Legendre nodes are at most pi / G apart: here half the narrowest Gaussian's width.
     G = max(64, math.ceil(2 * math.pi / ((1 - abar[0]) / abar[0]).sqrt()))
     nodes, weights = map(torch.from_numpy, np.polynomial.legendre.leggauss(G))
     parts = betas, 1 - betas, abar, clean_scale, noisy_scale, nodes, weights.log()
@@ -149,11 +147,9 @@ def sample_actions(score_net, obs: Tensor, noise: Tensor, schedule: Schedule, ar
     for t in reversed(range(T)):
         prediction = score_net.denoise(obs_features + time_features[t], a_t)  # at (obs, a_t, t)
         step_noise = noise_scale[t] * noise[T - t] if t > 0 else 0
-        if args.score_target == "posterior":
-            # The prediction is the clean action: go to the mean of a_{t-1} given it and a_t.
+        if args.score_target == "posterior":  # the clean action: to the mean of a_{t-1} given both
             a_t = clean_scale[t] * prediction.clamp(-1, 1) + noisy_scale[t] * a_t + step_noise
-        else:
-            # The prediction is eps. a_t is clamped after every step (DIF:85-94).
+        else:  # the prediction is eps; a_t is clamped after every step (DIF:85-94)
             a_t = (rescale[t] * (a_t - eps_scale[t] * prediction) + step_noise).clamp(-1, 1)
     return a_t.clamp(-1, 1)
 
@@ -175,11 +171,7 @@ def draw_noise(args: Args, act_dim: int, generator: torch.Generator) -> Noise:
 
 
 def q_gradient(critic: Critic, obs: Tensor, actions: Tensor) -> Tensor:
-    """dQ/da averaged over the two critics, (B, O) and (B, A) -> (B, A), no gradient to the critics.
-
-    The TD target takes the minimum of the target critics. This is the mean (SML:271) of the online
-    critics, which line 5 has just moved (SML:263-269).
-    """
+    """dQ/da, mean of the online critics after line 5 (SML:263-271), (B, O), (B, A) -> (B, A)."""
     with torch.no_grad():  # torch.func.grad still differentiates inside; its result is a constant
         return torch.func.grad(lambda a: critic(obs, a).mean(0).sum())(actions)
 
@@ -198,7 +190,7 @@ def posterior_mean(drift: Tensor | float, a_t: Tensor, abar: Tensor, schedule: S
 
 
 class Learner(NamedTuple):
-    """Everything that an update changes."""
+    """Everything that an update changes: networks, optimizers, tensors (fast.py slices it)."""
 
     score_net: ScoreNet
     critic: Critic
@@ -206,7 +198,7 @@ class Learner(NamedTuple):
     policy: ScoreNet  # ours: running average of score_net, for evaluations and model.pt only
     actor_optimizer: torch.optim.Adam
     critic_optimizer: torch.optim.Adam
-    q_scale: Tensor  # (2,), decayed sums of mean |q_grad| and of 1; their ratio is a running mean
+    q_scale: Tensor  # (2,), averages from 0 on of |q_grad| and of 1; their ratio is a running mean
     skipped: Tensor  # (), number of optimizer steps left out because their loss was not finite
 
 
@@ -215,21 +207,20 @@ def make_learner(args: Args, obs_dim: int, act_dim: int, device: torch.device | 
     score_net = ScoreNet(obs_dim, act_dim, args.hidden_dims, args.diffusion_steps).to(device)
     critic = Critic(obs_dim, act_dim, args.hidden_dims).to(device)
     averages = (copy.deepcopy(net).requires_grad_(False) for net in (critic, score_net))
-    flags, optimizers = dict(fused=True, capturable=torch.device(device).type == "cuda"), []
+    flags, adams = dict(fused=True, capturable=torch.device(device).type == "cuda"), []
     for net, lr in (score_net, args.actor_lr), (critic, args.critic_lr):
         lr = torch.tensor(lr, device=device)  # a tensor, to be changed in place
-        optimizers.append(torch.optim.Adam(net.parameters(), lr, **flags))
-        nan = math.nan * sum(parameter.sum() for parameter in net.parameters())
-        minimise(optimizers[-1], nan)  # creates the optimizer's state; no weight changes
+        adams.append(torch.optim.Adam(net.parameters(), lr, **flags))
+        minimise(adams[-1], math.nan * sum(x.sum() for x in net.parameters()))  # makes its state
     q_scale, skipped = torch.zeros(2, device=device), torch.zeros((), device=device)
-    return Learner(score_net, critic, *averages, *optimizers, q_scale, skipped)
+    return Learner(score_net, critic, *averages, *adams, q_scale, skipped)
 
 
 def minimise(optimizer: torch.optim.Adam, loss: Tensor) -> Tensor:
     """One step down `loss`. Returns 1.0 if it is not finite, else 0.0.
 
-    Where `found_inf`, an attribute that torch's GradScaler sets, is 1, a fused Adam leaves weights,
-    moments and step count as they are. The device decides: the host does not wait.
+    Where `found_inf`, an attribute that torch's GradScaler sets, is 1, a fused Adam (no other one)
+    leaves weights, moments and step count as they are. The device decides: the host does not wait.
     """
     optimizer.zero_grad()
     loss.backward()
@@ -262,9 +253,8 @@ def update(learner: Learner, batch: Batch, noise: Noise, schedule: Schedule, arg
     if posterior:
         # The slope in a coordinate is the smaller in size of dQ/da at the clamped prediction and at
         # the mean for a flat Q, and 0 where their signs differ, as over a hill or valley (minmod).
-        clean = prediction.detach().clamp(-1, 1)  # (B, A)
         flat = posterior_mean(0.0, noisy_actions, abar, schedule)  # (B, A)
-        points = torch.cat([clean, flat])  # (2B, A)
+        points = torch.cat([prediction.detach().clamp(-1, 1), flat])  # (2B, A)
         at_clean, at_flat = q_gradient(critic, batch.obs.repeat(2, 1), points).chunk(2)  # (B, A)
         q_grad = at_clean.clamp(at_flat.clamp_max(0), at_flat.clamp_min(0))  # (B, A)
     else:
@@ -273,7 +263,7 @@ def update(learner: Learner, batch: Batch, noise: Noise, schedule: Schedule, arg
     new_q_scale = q_scale.lerp(torch.stack([q_grad_abs, torch.ones_like(q_grad_abs)]), 0.001)
     if args.normalize_q_grad:
         q_grad = q_grad / (new_q_scale[0] / new_q_scale[1]).clamp_min(1e-12)
-    drift = args.alpha * q_grad  # (B, A), the score of exp(alpha Q)
+    drift = args.alpha * q_grad  # (B, A), the score of exp(alpha Q), if not limited and scaled
     # Released: minus, since eps points against the score (SML:279; its README has a plus).
     target = posterior_mean(drift, noisy_actions, abar, schedule) if posterior else -drift
     actor_loss = (prediction - target).square().mean()
@@ -304,8 +294,8 @@ def actor_lr_at(num_updates: int, args: Args) -> float:
 def act(learner: Learner, obs: Tensor, noise: Tensor, schedule: Schedule, args: Args) -> Tensor:
     """Draw K actions per state and return the one with the highest min-Q, (B, O) -> (B, A).
 
-    `noise` is standard normal, (T + 1, K B, A): that of `sample_actions`, and the action noise
-    (SML:299-301; zeros for none). K = 1 is the paper's policy.
+    `noise` is standard normal, (T + 1, K B, A), which sets K: that of `sample_actions`, and the
+    action noise (SML:299-301; zeros for none). K = 1 is the paper's policy.
     """
     K, B = noise.shape[1] // len(obs), len(obs)
     obs_K = obs.repeat(K, 1)  # (K B, O)
@@ -323,10 +313,9 @@ def evaluate(learner, envs, schedule: Schedule, args: Args, stopped=lambda: Fals
     Episodes that `stopped()` breaks off are left out. `noise_scale` 0: a deterministic policy.
     """
     device, seed, N = schedule.betas.device, args.seed + 1_000_000, envs.num_envs
-    shape = len(schedule.betas) + 1, args.candidates * N, *envs.single_action_space.shape
+    shape = args.diffusion_steps + 1, args.candidates * N, *envs.single_action_space.shape
     generator = torch.Generator(device).manual_seed(seed)
-    obs = reset(envs, seed)
-    episodes = {}  # one per environment: the first N to end would be the short ones
+    obs, episodes = reset(envs, seed), {}  # one each: the first N to end would be the short ones
     while len(episodes) < N and not stopped():
         noise = noise_scale * torch.randn(shape, device=device, generator=generator)
         noise[-1] = 0
@@ -340,7 +329,7 @@ def evaluate(learner, envs, schedule: Schedule, args: Args, stopped=lambda: Fals
 def main(args: Args) -> Path:
     """Train, from the start or from a checkpoint, and return the folder of the run."""
     args, saved = runfiles.load_checkpoint(args) if args.resume else (args, None)
-    device, T = runfiles.prepare(args), args.diffusion_steps
+    device, T, K = runfiles.prepare(args), args.diffusion_steps, args.candidates
     envs = make_envs(args.env_id, args.num_envs)
     eval_envs = make_envs(args.env_id, args.eval_episodes) if args.eval_every else envs
     global_step, num_updates, saved_obs, metrics = saved["loop"] if saved else (0, 0, None, {})
@@ -353,8 +342,7 @@ def main(args: Args) -> Path:
     schedule = make_schedule(args.beta_schedule, T, device)
     act_fast, update_fast = accelerate(act, args, device), accelerate(update, args, device)
     rng = torch.Generator(device).manual_seed(args.seed)
-    if saved and runfiles.restore(saved, learner, buffer, envs, rng):
-        obs = saved_obs
+    obs = saved_obs if saved and runfiles.restore(saved, learner, buffer, envs, rng) else obs
     files = runfiles.RunFiles(args, saved)
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", mininterval=1.0)
     stop_request = runfiles.StopRequest()
@@ -384,20 +372,18 @@ def main(args: Args) -> Path:
             if global_step < args.learning_starts:
                 actions = 2 * torch.rand(args.num_envs, act_dim, device=device, generator=rng) - 1
             else:
-                shape = T + 1, args.candidates * args.num_envs, act_dim
-                noise = torch.randn(shape, device=device, generator=rng)
+                noise = torch.randn(T + 1, K * args.num_envs, act_dim, device=device, generator=rng)
                 actions = act_fast(learner, obs_tensor, noise, schedule, args)  # (N, A)
             actions_cpu = actions.cpu().numpy()  # waits; reading skipped is then cheap
             if learner.skipped > 0 or not np.isfinite(actions_cpu).all():
                 learner.skipped.zero_()
                 raise UserError("loss or action not finite: start anew with lower learning rates")
 
-            # Update until floor(utd * steps since learning_starts) updates are made. They do not
-            # need the step below: a GPU makes them while the environments step.
+            # Update (lines 3 to 7), utd times per step. A GPU does it while the environments step.
             while num_updates < math.floor((global_step - args.learning_starts) * args.utd + 1e-9):
                 learner.actor_optimizer.param_groups[0]["lr"].fill_(actor_lr_at(num_updates, args))
                 noise = draw_noise(args, act_dim, rng)
-                batch = buffer.sample(args.batch_size, rng)
+                batch = buffer.sample(args.batch_size, rng)  # line 3
                 metrics = update_fast(learner, batch, noise, schedule, args)
                 num_updates += 1
 

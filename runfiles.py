@@ -1,8 +1,4 @@
-"""What surrounds a run: checks, logs, exact resume. Kept out of qsm.py: it is not the algorithm.
-
-checkpoint.npz holds a Python pickle, which can run code when it is read: resume only runs that you
-made yourself. To pass a policy on to others use model.pt.
-"""
+"""What surrounds a run: checks, logs, exact resume. Kept out of qsm.py: it is not the algorithm."""
 
 import contextlib
 import errno
@@ -14,7 +10,6 @@ import random
 import re
 import signal
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -80,18 +75,15 @@ class StopRequest:
 
     def __init__(self):
         self.signum, both = 0, (signal.SIGTERM, signal.SIGINT)
-        self.usual = {signum: signal.signal(signum, self.receive) for signum in both}
+        self.usual = {signum: signal.signal(signum, self.close) for signum in both}
 
     def __call__(self) -> int:
         return self.signum
 
-    def receive(self, signum: int, frame) -> None:
-        self.signum = signum
-        self.close()
-
-    def close(self) -> None:
-        for signum, handler in self.usual.items():
-            signal.signal(signum, handler)
+    def close(self, signum: int = 0, frame=None) -> None:  # also the handler of both
+        self.signum = signum or self.signum
+        for number, handler in self.usual.items():
+            signal.signal(number, handler)
 
 
 class RunFiles:
@@ -180,10 +172,9 @@ def write_evaluation(file, global_step: int, args, episodes: list[tuple]) -> flo
         file.write("global_step,seed,candidates,episode,return,length\n")
     for i, (episode_return, length) in enumerate(episodes):
         file.write(f"{global_step},{args.seed},{args.candidates},{i},{episode_return},{length}\n")
-    (mean, _), (deviation, _) = np.mean(episodes, 0), np.std(episodes, 0)
-    protocol = f"{len(episodes)} episodes, seed {args.seed}, best of {args.candidates}"
-    summary = f"mean return {mean:.2f}, standard deviation {deviation:.2f}"
-    tqdm.write(f"step {global_step}: {summary} ({protocol}, no action noise)")
+    mean, std = np.mean(episodes, 0)[0], np.std(episodes, 0)[0]
+    how = f"{len(episodes)} episodes, seed {args.seed}, best of {args.candidates}, no action noise"
+    tqdm.write(f"step {global_step}: mean return {mean:.2f}, standard deviation {std:.2f} ({how})")
     return mean
 
 
@@ -217,17 +208,16 @@ def load_checkpoint(args) -> tuple:
     lock = locked(args.resume)
     with user_errors(f"{path} is damaged, or of another version of qsm.py"):
         archive = np.load(path)  # arrays are read when asked for
-        pickled = io.BytesIO(archive["saved"])
+        pickled = io.BytesIO(archive["saved"])  # it can run code: resume only runs of your own
         saved = torch.load(pickled, map_location="cpu", weights_only=False)
         saved |= {"buffer": archive, "lock": lock}
-        own = replace(type(args)(**saved["args"]), resume=args.resume)
-        return own if args.device == "auto" else replace(own, device=args.device), saved
+        moved = {} if args.device == "auto" else {"device": args.device}
+        return type(args)(**saved["args"] | moved | {"resume": args.resume}), saved
 
 
 def restore(saved: dict, learner, buffer, envs, rng: torch.Generator) -> bool:
     """Put back what `RunFiles.save` wrote; False if the simulators could not be saved."""
     print(f"resuming at step {saved['loop'][0]} with the run's flags, but for --device")
-    print("the bits are the same if machine, threads and versions are")
     with user_errors("checkpoint.npz is damaged, or of another version of qsm.py"):
         for tensor, stored in zip(tensors_in(learner), saved["learner"], strict=True):
             tensor.detach().copy_(stored)

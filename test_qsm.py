@@ -820,7 +820,7 @@ def test_checkpoint_of_another_device_is_resumed_and_told(finished, monkeypatch,
     args.total_timesteps, saved["rng"], saved["device"] = 70, saved["rng"][:16], "cuda"
     monkeypatch.setattr(runfiles, "load_checkpoint", lambda _: (args, saved))
     qsm.main(Args(resume=finished))
-    assert "are\nnot bit for bit: saved on cuda\n" in capsys.readouterr().out
+    assert "--device\nnot bit for bit: saved on cuda\n" in capsys.readouterr().out
     assert torch.load(finished / "model.pt")["global_step"] == 70
 
 
