@@ -148,9 +148,9 @@ def sample_actions(score_net, obs: Tensor, noise: Tensor, schedule: Schedule, ar
     for t in reversed(range(T)):
         prediction = score_net.denoise(obs_features + time_features[t], a_t)  # at (obs, a_t, t)
         step_noise = noise_scale[t] * noise[T - t] if t > 0 else 0
-        if args.score_target == "posterior":  # of a; go to the mean of a_{t-1} given a and a_t
+        if args.score_target == "posterior":  # predicts a: to the mean of a_{t-1} given a and a_t
             a_t = clean_scale[t] * prediction.clamp(-1, 1) + noisy_scale[t] * a_t + step_noise
-        else:  # of eps; a_t is clamped after every step (DIF:85-94)
+        else:  # predicts eps; a_t is clamped after every step (DIF:85-94)
             a_t = (rescale[t] * (a_t - eps_scale[t] * prediction) + step_noise).clamp(-1, 1)
     return a_t.clamp(-1, 1)
 
