@@ -27,20 +27,19 @@ def adam(params, grads, means, squares, _, steps, *, lr, beta1, beta2, eps, foun
 
 def tune(device: torch.device, tf32: bool = False) -> None:
     """Choose the library of matrix products; on a CPU, flush subnormals and keep freed memory."""
-    torch.set_float32_matmul_precision("high" if tf32 and device.type == "cuda" else "highest")
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where graphs are captured
-    else:
-        # Adam's means of dead units sink below 1e-38, where a CPU can be 3.6 times as slow.
-        torch.set_flush_denormal(True)
-        # MKL can be slow on AMD; "medium" is oneDNN, which may use bfloat16
-        torch.set_float32_matmul_precision("medium")
-        x = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
-        if (x[0] @ x[1] - x[0].double() @ x[1].double()).abs().max() > 1e-3:  # float32: 1e-5
-            torch.set_float32_matmul_precision("highest")
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)  # glibc has it
-        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, its maximum: else freed memory is faulted in again
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        return torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    # Adam's means of dead units sink below 1e-38, where a CPU can be 3.6 times as slow.
+    torch.set_flush_denormal(True)
+    # MKL can be slow on AMD; "medium" is oneDNN, which may use bfloat16.
+    torch.set_float32_matmul_precision("medium")
+    x = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
+    if (x[0] @ x[1] - x[0].double() @ x[1].double()).abs().max() > 1e-3:  # float32: 1e-5
+        torch.set_float32_matmul_precision("highest")
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)  # glibc has it
+    mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, its maximum: else freed memory is faulted in again
+    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def tensors_in(learner) -> list[torch.Tensor]:
