@@ -1,12 +1,13 @@
-"""Is `--score-target released` the released learner? Both update from the same weights, batches and noise.
+"""Is `--score-target released` the released learner? Same weights, batches and noise for both.
 
     git clone https://github.com/Alescontrela/score_matching_rl /tmp/released    # 2e77893
-    pip install jax==0.10.2 flax optax                                           # beside requirements.txt
+    pip install jax==0.10.2 flax optax         # beside requirements.txt
     python benchmarks/released_agreement.py /tmp/released
 
-Prints the largest difference of any parameter after each update: 9e-8. With four other draws it was 9e-8 to 1.2e-7, and
-7e-7 of one weight whose first gradient, 1e-7, is near Adam's eps. The released learner's random numbers are replaced by
-ours, its code is otherwise run as it is (without jit, so that the replacement reaches the sampler's loop).
+Prints the largest difference of any parameter after each update: 9e-8. With four other draws it was
+9e-8 to 1.2e-7, and 7e-7 of one weight whose first gradient, 1e-7, is near Adam's eps. The released
+learner's random numbers are replaced by ours, its code is otherwise run as it is (without jit, so
+that the replacement reaches the sampler's loop).
 """
 
 import importlib
@@ -27,7 +28,7 @@ OBS, ACT, B, HIDDEN = 11, 3, 64, (32, 32)
 
 
 def load_released(clone: Path):
-    """The class ScoreMatchingLearner of a clone, without the packages (gym, dmcgym, ...) that the rest of it needs."""
+    """ScoreMatchingLearner of a clone, without packages (gym, dmcgym) that the rest needs."""
 
     def module(name: str, **attributes) -> ModuleType:
         sys.modules[name] = result = ModuleType(name)
@@ -47,7 +48,7 @@ def load_released(clone: Path):
 
 
 def copy_weights(released, ours: Learner) -> None:
-    """The released learner's weights into ours; flax kernels are (in, out), torch's are (out, in)."""
+    """The released learner's weights into ours; flax has (in, out), torch (out, in)."""
 
     def dense(layer, params, i):
         layer.weight.copy_(torch.tensor(np.array(params[f"Dense_{i}"]["kernel"])).T)
@@ -96,7 +97,7 @@ def main(clone: Path) -> None:
         batch = Batch(normal(B, OBS), actions, normal(B), normal(B, OBS), (normal(B) > 0.5).float())
         normals = normal(T + 1, B, ACT), normal(B, ACT)
         noise = Noise(*normals, torch.from_numpy(rng.integers(0, T, B)))
-        # In the order of its draws: the start, a step noise for every t (the last times 0), the rest.
+        # In its order: the start, a step noise for every t (the last times 0), the rest.
         *sampling, action_noise = noise.next_actions
         draws = *sampling, normal(B, ACT), action_noise, noise.t, noise.actions
         queue[:] = [x.numpy() for x in draws]

@@ -8,8 +8,8 @@ profile: where its time goes: matrix products on a CPU; kernels, their sum and t
 loop:    training on Humanoid-v4 at one update per step, against updates alone and stepping alone
 
 For --released: git clone https://github.com/Alescontrela/score_matching_rl /tmp/released (2e77893),
-pip install jax==0.10.2 flax optax (on a GPU jax[cuda12]). On a CPU let nothing else run. On a GPU the
-JAX learner computes in full float32 too. --csv FILE writes the numbers.
+pip install jax==0.10.2 flax optax (on a GPU jax[cuda12]). On a CPU let nothing else run. On a
+GPU the JAX learner computes in full float32 too. --csv FILE writes the numbers.
 """
 
 import argparse
@@ -69,10 +69,11 @@ def one_side(connection, build, *arguments) -> None:
 
 
 def in_turns(sides: dict, seconds: float = 12.0) -> dict:
-    """Median milliseconds, and seconds of the slowest first call, of each side, whose functions are made by build(*arguments).
+    """Median milliseconds, and seconds of the slowest first call, of each side.
 
-    Every side has a process of its own, which waits while the others have their turn of 25 calls, of which the first
-    5 are not counted: threads of one library that spin for work would take the cores from another in one process.
+    build(*arguments) makes its functions. Every side has a process of its own, which waits while
+    the others have their turn of 25 calls, of which the first 5 are not counted: threads of one
+    library that spin for work would take the cores from another in one process.
     """
     context = multiprocessing.get_context("spawn")
     connections, processes, times = {}, [], {name: [] for name in sides}
@@ -99,7 +100,7 @@ def in_turns(sides: dict, seconds: float = 12.0) -> dict:
 
 
 def our_update(mode: str, obs_dim: int, act_dim: int, width: int, device: torch.device, **flags):
-    """A function that draws a batch and updates once; `mode`: eager, compiled or (compiled) graph."""
+    """A function that draws a batch and updates; `mode`: eager, compiled or (compiled) graph."""
     flags |= {"compile": "compiled" in mode, "cuda_graph": "graph" in mode}
     args = qsm.Args(hidden_dims=(width, width), **flags)
     learner = qsm.make_learner(args, obs_dim, act_dim, device)

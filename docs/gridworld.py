@@ -1,10 +1,11 @@
-"""The paper's Figure 2: tabular QSM on a 3 x 3 grid, where matching the score means pi(a|s) ~ exp(alpha Q(s, a)).
+"""The paper's Figure 2: tabular QSM on a 3 x 3 grid, where it means pi(a|s) ~ exp(alpha Q(s, a)).
 
     pip install matplotlib && python docs/gridworld.py
 
-The goal is the upper right corner; entering it pays 1 and ends the episode. Walking into a wall leaves the state as it
-is. The paper's discount is not known to us: gamma = 0.9 here. Each iteration evaluates the policy exactly, by solving
-its linear equations, then sets pi to exp(alpha Q), normalised.
+The goal is the upper right corner; entering it pays 1 and ends the episode. Walking into a wall
+leaves the state as it is. The paper's discount is not known to us: gamma = 0.9 here. Each iteration
+evaluates the policy exactly, by solving its linear equations, then sets pi to exp(alpha Q),
+normalised.
 """
 
 from pathlib import Path

@@ -1,9 +1,10 @@
-"""The paper's Figure 1, and the policy through training with both score targets beside the exact density.
+"""The paper's Figure 1, and the policy in training, with both score targets and the exact density.
 
     pip install matplotlib && python docs/matching.py     # a minute or two on a CPU
 
-A 2-D action, one state, Q known in closed form: four hills of equal height. The score network, the update and the
-sampler are those of qsm.py. The critic is the given Q, and no gradient changes it: what shows is the matching alone.
+A 2-D action, one state, Q known in closed form: four hills of equal height. The score network, the
+update and the sampler are those of qsm.py. The critic is the given Q, and no gradient changes it:
+what shows is the matching alone.
 """
 
 import sys
@@ -44,7 +45,7 @@ class Recorder:
 
 
 def score_at_0(score_net, actions: torch.Tensor, schedule, target: str) -> torch.Tensor:
-    """The score at the least noisy level, from what the network predicts there: the clean action or eps."""
+    """The score at the least noisy level, from the network's prediction: clean action or eps."""
     prediction = score_net(
         torch.zeros(len(actions), 1), actions, torch.zeros(len(actions), dtype=torch.long)
     )
@@ -127,9 +128,8 @@ def strip(results: dict) -> None:
             )
             on_bound = (samples.abs() == 1).float().mean()
             shares = [((samples > 0) == torch.tensor(hill)).all(1).float().mean() for hill in HILLS]
-            print(
-                f"{target}, {steps} steps: shares of the hills {', '.join(f'{share:.2f}' for share in shares)}"
-            )
+            shares = ", ".join(f"{share:.2f}" for share in shares)
+            print(f"{target}, {steps} steps: shares of the hills {shares}")
             axis.set(title=f"{steps} steps, {on_bound:.0%} on a bound")
             axis.title.set_size(8)
         density = (alpha * (Q(None, torch.cartesian_prod(line, line))[0])).reshape(201, 201).T

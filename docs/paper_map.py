@@ -10,7 +10,7 @@ PAGE = Path(__file__).with_suffix(".md")
 
 
 def with_line_numbers(page: str) -> str:
-    """`page` with the number of the first line that holds the text of each link [`text`](../file#L1).
+    """`page` with the number of the first line that holds the text of each [`text`](../file#L1).
 
     Raises:
         ValueError: the text is on no line of the file.

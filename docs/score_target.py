@@ -1,9 +1,10 @@
-"""The picture of docs/score_target.md: what the two score targets sample, against the density they should sample.
+"""The picture of docs/score_target.md: what the two score targets sample, and what they should.
 
     pip install matplotlib && python docs/score_target.py
 
-The network is taken to be exactly at its regression target, with dQ/da in closed form: only the target and the sampler
-show. 200,000 samples of each policy at alpha = 10, and the density proportional to exp(alpha Q).
+The network is taken to be exactly at its regression target, with dQ/da in closed form: only the
+target and the sampler show. 200,000 samples of each policy at alpha = 10, and the density
+proportional to exp(alpha Q).
 """
 
 import sys

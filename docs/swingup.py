@@ -1,9 +1,10 @@
-"""Cartpole swing-up where each action is held for 8 steps of dm_control, as by dmc2gym's frame_skip.
+"""Cartpole swing-up, each action held for 8 steps of dm_control, as by dmc2gym's frame_skip.
 
     pip install 'shimmy[dm-control]'
     python qsm.py --env-id docs.swingup:CartpoleSwingup-v0
 
-An action then lasts 0.08 s and an episode 125 actions; rewards are summed, so that returns compare with the task's.
+An action then lasts 0.08 s and an episode 125 actions; rewards are summed, so that returns compare
+with the task's.
 """
 
 import gymnasium as gym

@@ -1,12 +1,12 @@
-"""The paper's Figure 4: actions of trained policies where the pole hangs at rest and left and right are equally good.
+"""The paper's Figure 4: actions of policies where the pole hangs and both sides are equally good.
 
     pip install matplotlib 'shimmy[dm-control]'
-    python qsm.py --env-id docs.swingup:CartpoleSwingup-v0 --seed 1 --hidden-dims 256 256 --learning-starts 2000 \
-        --total-timesteps 10000 --compile True --policy-tau 1
+    python qsm.py --env-id docs.swingup:CartpoleSwingup-v0 --seed 1 --hidden-dims 256 256 \
+        --learning-starts 2000 --total-timesteps 10000 --compile True --policy-tau 1
     python docs/two_modes.py runs/docs.swingup-CartpoleSwingup-v0__qsm__1__*
 
-One panel per run: 4,000 actions in that state, the mean of the two critics, and the density exp(alpha Q) that this
-critic asks for, with the run's own scale of dQ/da.
+One panel per run: 4,000 actions in that state, the mean of the two critics, and the density
+exp(alpha Q) that this critic asks for, with the run's own scale of dQ/da.
 """
 
 import sys

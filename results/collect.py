@@ -1,10 +1,11 @@
-"""Copy finished runs into results/ as plain CSV, so that curves and tables can be redrawn from the repository alone.
+"""Copy finished runs into results/ as plain CSV: the repository alone redraws curves and tables.
 
     python results/collect.py results/halfcheetah runs/HalfCheetah-v4__qsm__*
     python results/collect.py results/ablation --label "no clip" runs/HalfCheetah-v4__qsm__*
 
-Each run becomes a folder <env>__<label>__seed<N>, the label by default the score target, with episodes.csv and
-evaluations.csv as written by qsm.py, scalars.csv (one row per logging step, from the event file) and args.csv.
+Each run becomes a folder <env>__<label>__seed<N>, the label by default the score target, with
+episodes.csv and evaluations.csv as written by qsm.py, scalars.csv (one row per logging step, from
+the event file) and args.csv.
 """
 
 import argparse

@@ -1,10 +1,11 @@
-"""Evaluate the policy of a run, also while it is training: print the returns and append them to evaluate.csv there.
+"""Evaluate the policy of a run, also while it trains: print the returns, append to evaluate.csv.
 
     python results/evaluate.py runs/<run> --episodes 20 --candidates 16
-    python results/evaluate.py runs/<run> --video        # the first episode as mp4 (pip install moviepy)
+    python results/evaluate.py runs/<run> --video    # the first episode; pip install moviepy
     python results/evaluate.py runs/<run> --deterministic      # no noise in the sampler
 
-Only model.pt is read, which holds no code. If it names code (an --env-id module:id), repeat its id: --env-id module:id.
+Only model.pt is read, which holds no code. If it names code (an --env-id module:id), repeat its id:
+--env-id module:id.
 """
 
 import os
@@ -37,7 +38,7 @@ class Evaluation:
 
 
 def load_policy(run: Path) -> tuple[Args, Learner, int]:
-    """Arguments, learner (score_net is the saved policy; critic and q_scale are the run's; on the CPU), and steps made."""
+    """Arguments, learner (the saved policy, critic and q_scale; on the CPU), and steps made."""
     path = run / "model.pt"
     with user_errors(f"{path} is damaged, or of another version of qsm.py"):
         model = torch.load(path, map_location="cpu", weights_only=True)

@@ -1,9 +1,10 @@
-"""Is the last policy a lucky one? Go on updating from a run's last checkpoint, without new data, and evaluate on the way.
+"""Is the last policy a lucky one? Go on updating from a run's last checkpoint, and evaluate.
 
     python results/last_policy.py runs/<run> ...        # 3 to 10 minutes a run; your own runs only
 
-Every 500 updates: mean and least return of ten episodes, without action noise, of the score network and of its running
-average (tau = 0.005). The buffer, the critics' and the score network's learning rates are the run's.
+No new data are collected. Every 500 updates: mean and least return of ten episodes, without action
+noise, of the score network and of its running average (tau = 0.005). The buffer, the critics' and
+the score network's learning rates are the run's.
 """
 
 import contextlib

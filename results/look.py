@@ -2,8 +2,8 @@
 
     python results/look.py runs/<run>       # of your own: an --env-id module:id is imported
 
-Q is the mean of the two critics. Ten episodes each, without action noise: of the policy, of its actions moved up Q, and
-of its actions times 1.3 and 2, cut to [-1, 1].
+Q is the mean of the two critics. Ten episodes each, without action noise: of the policy, of its
+actions moved up Q, and of its actions times 1.3 and 2, cut to [-1, 1].
 """
 
 import sys
@@ -25,7 +25,7 @@ CUT = 300  # steps before a time limit, where the return to come is not known: 0
 
 
 def roll_out(env_id: str, choose, gamma: float) -> tuple[torch.Tensor, np.ndarray, str]:
-    """States (M, O), discounted returns from there (M,), and the returns of the episodes in words."""
+    """States (M, O), discounted returns from there (M,), and the episodes' returns in words."""
     envs, steps, ends = make_envs(env_id, EPISODES), [], {}
     obs, _ = envs.reset(seed=1_000_001)
     while len(ends) < EPISODES:
@@ -92,7 +92,7 @@ def main(run: Path) -> None:
         "discounted return to come": f"{to_come.mean():.1f} +- {to_come.std():.1f}",
         "Q less that": f"{(values - to_come).mean():.1f} +- {(values - to_come).std():.1f}",
         "their correlation": f"{np.corrcoef(values, to_come)[0, 1]:.2f}",
-        "standard deviation of an action coordinate": f"{actions.view(-1, K, act_dim).std(1).mean():.3f}",
+        "standard deviation of an action": f"{actions.view(-1, K, act_dim).std(1).mean():.3f}",
         "share of them on a bound": on_bound(actions),
         "Q of uniform actions": f"{q(obs_K, uniform).mean():.2f}",
         "Q of the policy": f"{q(obs_K, actions).mean():.2f}",

@@ -51,7 +51,7 @@ def spread(path: Path, total: int) -> str:
 
 
 def interval(values: list[float]) -> str:
-    """Each value, their mean, and its 95 % interval by the percentile bootstrap, 10,000 resamples."""
+    """Each value, their mean, and its 95 % interval (percentile bootstrap, 10,000 resamples)."""
     each = " ".join(f"{value:.0f}" for value in values)
     mean = f"{each}: {np.mean(values):.0f}" if len(values) > 1 else each
     if len(values) < 3:
@@ -78,7 +78,8 @@ def plot(group: Path) -> None:
     print(
         f"\n{group.name}, each seed: mean [interval]\n| task | variant | last 10 training episodes "
         "| last evaluation | training episodes of the last tenth of the steps "
-        "| evaluations of the second half (deviation between, within policies) |\n|---|---|---|---|---|---|"
+        "| evaluations of the second half (deviation between, within policies) |\n"
+        "|---|---|---|---|---|---|"
     )
     for axis, (env_id, variants) in zip(axes[0], tasks.items()):
         means = {}
@@ -110,9 +111,8 @@ def plot(group: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize="small")
     for variant, values in ratios.items():
-        print(
-            f"{variant}: over SAC's mean {', '.join(f'{x:.2f}' for x in values)}; {np.mean(values):.2f}"
-        )
+        each = ", ".join(f"{x:.2f}" for x in values)
+        print(f"{variant}: over SAC's mean {each}; {np.mean(values):.2f}")
     axes[0, 0].set_ylabel("return, 10 evaluation episodes" if paper else "return, last 10 episodes")
     if max(map(len, tasks.values())) <= 8:  # else its legend hides the curves
         figure.savefig(group.with_suffix(".png"), dpi=110)

@@ -77,7 +77,7 @@ def read_table(path: Path) -> list[Run]:
 
 
 def make(run: Run) -> str:
-    """Start or continue a run, wait for its end, and collect its data; returns "done" or why not."""
+    """Start or continue a run, wait for it, and collect its data; returns "done" or why not."""
     run.work.mkdir(parents=True, exist_ok=True)
     with (run.work / "lock").open("w") as lock:
         held = False  # it may be held by a run that outlived a killed run.py

@@ -1,10 +1,11 @@
-"""Why a run with the released target stays where it is: what that target samples from the run's own final critic.
+"""Why a run with the released target stays where it is: what it samples from its final critic.
 
     python results/same_critic.py runs/HalfCheetah-v4__qsm__*      # a minute or two a run
 
-The same critic is sampled with the trained score network and with a network that is exactly at the released target: the
-fit cannot then explain what is seen. 128 states of the trained policy, 16 samples at each: share of action coordinates
-on a bound, standard deviation at one state (uniform: 0.58, a fair coin between -1 and 1: 1), mean Q of the samples.
+The same critic is sampled with the trained score network and with a network that is exactly at the
+released target: the fit cannot then explain what is seen. 128 states of the trained policy, 16
+samples at each: share of action coordinates on a bound, standard deviation at one state (uniform:
+0.58, a fair coin between -1 and 1: 1), mean Q of the samples.
 """
 
 import sys
@@ -22,7 +23,7 @@ SAMPLES = 16
 
 
 class ExactScore:
-    """Stands in for ScoreNet: its prediction equal to the released regression target for this critic, at every t."""
+    """Stands in for ScoreNet: its prediction is the released target for this critic, at every t."""
 
     def __init__(self, critic: Critic, obs: torch.Tensor, args: Args):
         self.critic, self.obs, self.args = critic, obs, args
@@ -69,9 +70,8 @@ def report(run: Path) -> None:
     for name, actions in samples.items():
         bound = (actions.abs() == 1).float().mean()
         std = actions.view(SAMPLES, -1, act_dim).std(0).mean()
-        print(
-            f"| {args.seed} | {name} | {bound:.2f} | {std:.2f} | {critic(obs, actions).mean():.2f} |"
-        )
+        q = critic(obs, actions).mean()
+        print(f"| {args.seed} | {name} | {bound:.2f} | {std:.2f} | {q:.2f} |")
 
 
 if __name__ == "__main__":
