@@ -4,6 +4,7 @@ pip install matplotlib && python results/plot.py
 """
 
 import csv
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -32,9 +33,12 @@ def by_step(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.unique(steps), np.array([returns[steps == s].mean() for s in np.unique(steps)])
 
 
-def smooth(values: np.ndarray, width: int = 10) -> np.ndarray:
-    """Mean of the last `width` values at each point, fewer at the start."""
-    return np.array([values[max(0, i - width + 1) : i + 1].mean() for i in range(len(values))])
+def in_parts(steps: np.ndarray, returns: np.ndarray, total: int) -> tuple[np.ndarray, np.ndarray]:
+    """The middle of each of 25 equal parts of a run, and the mean return of the episodes in it."""
+    part = np.minimum(25 * steps // total, 24)
+    with np.errstate(invalid="ignore"):  # a part without an episode is NaN, a gap in the line
+        means = np.bincount(part, returns, 25) / np.bincount(part, minlength=25)
+    return (np.arange(25) + 0.5) * total / 25, means
 
 
 def spread(path: Path, total: int) -> str:
@@ -62,7 +66,7 @@ def interval(values: list[float]) -> str:
 
 
 def plot(group: Path) -> None:
-    """One panel per task, one line per seed: mean of the last 10 training episodes against steps.
+    """One panel per task: training returns against steps, thin for a seed, thick for their mean.
 
     With a paper.csv in the folder, evaluations and the values in it: the paper's curves are those.
     """
@@ -72,9 +76,9 @@ def plot(group: Path) -> None:
         tasks[env_id][variant].append(run)
     paper = group / "paper.csv"
     paper = list(csv.DictReader(paper.open())) if paper.exists() else []
-    size = (3.6 * len(tasks) + 0.6, 3)
+    size = (2.2 * len(tasks) + 0.8, 2.8)
     figure, axes = plt.subplots(1, len(tasks), figsize=size, squeeze=False, layout="constrained")
-    colors, ratios = dict(COLORS), defaultdict(list)
+    colors, ratios, labels = dict(COLORS), defaultdict(list), {}
     print(
         f"\n{group.name}, each seed: mean [interval]\n| task | variant | last 10 training episodes "
         "| last evaluation | training episodes of the last tenth of the steps "
@@ -85,17 +89,23 @@ def plot(group: Path) -> None:
         means = {}
         for variant, runs in variants.items():
             color = colors.setdefault(variant, OTHERS[(len(colors) - len(COLORS)) % len(OTHERS)])
-            last, evaluations, late, spreads = [], [], [], []
+            last, evaluations, late, spreads, curves = [], [], [], [], []
             for run in runs:
                 steps, returns = read(run / "episodes.csv", "return")
-                curve = by_step(run / "evaluations.csv") if paper else (steps, smooth(returns))
-                label = variant if run == runs[0] else None
-                axis.plot(curve[0] / 1000, curve[1], color=color, lw=1.2, label=label)
                 last.append(returns[-10:].mean())
                 total = int(dict(csv.reader((run / "args.csv").open()))["total_timesteps"])
+                at, curve = (
+                    by_step(run / "evaluations.csv") if paper else in_parts(steps, returns, total)
+                )
+                curves.append(curve)
                 late.append(returns[steps > 0.9 * total].mean())
                 spreads.append(spread(run / "evaluations.csv", total))
                 evaluations += [*by_step(run / "evaluations.csv")[1][-1:]]
+            if variant != "posterior" or "average" not in variants:  # else it would hide that
+                for curve in curves:
+                    axis.plot(at / 1000, curve, color=color, lw=0.8, alpha=0.5)
+                mean, label = np.mean(curves, 0), "default" if variant == "average" else variant
+                axis.plot(at / 1000, mean, color=color, lw=2, label=label)
             means[variant] = np.mean(last)
             cells = [*map(interval, (last, evaluations, late)), ", ".join(spreads)]
             print(f"| {env_id} | {variant} | {' | '.join(cells)} |")
@@ -106,15 +116,19 @@ def plot(group: Path) -> None:
             if row["env_id"] == env_id:
                 point = float(row["step"]) / 1000, float(row["return"])
                 axis.plot(*point, "k*", ms=9, label="paper, by eye")
-        axis.set(title=env_id.removeprefix("dm_control-"), xlabel="environment steps, thousands")
+        axis.set(title=re.sub("^(dm_control|docs.swingup)-", "", env_id), xlabel="thousand steps")
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize="small")
+        labels |= {
+            line.get_label(): line for line in axis.get_lines() if line.get_label()[0] != "_"
+        }
     for variant, values in ratios.items():
         each = ", ".join(f"{x:.2f}" for x in values)
         print(f"{variant}: over SAC's mean {each}; {np.mean(values):.2f}")
-    axes[0, 0].set_ylabel("return, 10 evaluation episodes" if paper else "return, last 10 episodes")
-    if max(map(len, tasks.values())) <= 8:  # else its legend hides the curves
+    axes[0, 0].set_ylabel("return, 10 evaluation episodes" if paper else "training return")
+    columns, place = min(len(labels), 2 * len(tasks)), "outside lower center"
+    figure.legend(labels.values(), labels, loc=place, ncols=columns, frameon=False)
+    if max(map(len, tasks.values())) <= 8:  # else nothing can be told apart
         figure.savefig(group.with_suffix(".png"), dpi=110)
     plt.close(figure)
 
