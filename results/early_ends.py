@@ -3,8 +3,8 @@
     python results/early_ends.py runs/<run> [runs/<run> ...]       # your own runs only
 
 Forty episodes of the first run's score network, with action noise as in training, from its last
-checkpoint; those that end within 300 steps count. Along them Q of each run's critics (their mean).
-The runs may be copies of one, with checkpoints of different steps.
+checkpoint; those that end within 300 steps count. Along them the mean Q of each run's critics, and
+how far the two are apart. The runs may be copies of one, with checkpoints of different steps.
 """
 
 import sys
@@ -57,15 +57,16 @@ def main(runs: list[Path]) -> None:
             to_come = rewards[i] + args.gamma * to_come
             if k in before_end:
                 before_end[k].append((obs[i], actions[i], to_come))
-    print("env_id,seed,policy_step,critic_step,steps_before_end,episodes,q,return_to_come")
+    print("env_id,seed,policy_step,critic_step,steps_before_end,episodes,q,q_gap,return_to_come")
     for _, learner, critic_step in loaded:
         for k, rows in before_end.items():
             if len(rows) >= 5:
                 obs, actions, to_come = zip(*rows)
                 with torch.no_grad():
-                    q = learner.critic(torch.stack(obs), torch.stack(actions)).mean()
+                    q = learner.critic(torch.stack(obs), torch.stack(actions))  # (2, episodes)
                 columns = args.env_id, args.seed, policy_step, critic_step, k, len(rows)
-                print(*columns, f"{q:.1f}", f"{np.mean(to_come):.1f}", sep=",")
+                numbers = q.mean(), (q[0] - q[1]).abs().mean(), np.mean(to_come)
+                print(*columns, *(f"{x:.1f}" for x in numbers), sep=",")
 
 
 if __name__ == "__main__":
