@@ -10,7 +10,7 @@ the return that really comes: the stored state is put back into the simulator, t
 taken, then the policy's with action noise, for 500 steps. Q is the smaller of the two critics.
 
 Only for MuJoCo tasks whose observation is all positions but the first, or the first two, and all
-velocities: Walker2d, Hopper, HalfCheetah, Ant, Swimmer. Velocities are stored cut to [-10, 10].
+velocities: Walker2d, Hopper, HalfCheetah, Ant, Swimmer (the first two cut them to [-10, 10]).
 """
 
 import sys
